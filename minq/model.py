@@ -1,0 +1,170 @@
+"""Transformers built from one block in two orders: post-LN (BERT) and pre-LN (OPT, ViT).
+
+Every tensor that is ever quantized or measured passes through a Tap, so this one forward pass is
+the floating-point model, the quantized model and the measured model alike.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from minq.attention import SelfAttention, Tap
+from minq.errors import UserError
+
+
+# ---- configuration ----
+
+@dataclass
+class Config:
+    """What a block needs to know. The families below add their own fields and defaults."""
+    layers: int = 4
+    width: int = 128
+    heads: int = 4
+    ffn: int = 512             # hidden units of the feed-forward network
+    seq_len: int = 64          # T, the most tokens a sequence can have
+    dropout: float = 0.0
+    attention: str = "vanilla"  # a key of attention.ATTENTIONS
+    gamma: float = 0.0         # eq. 4
+    zeta: float = 1.0          # eq. 4
+    gate: str = "linear"       # a key of attention.GATES, for attention="gated"
+    gate_hidden: int = 4       # n_hid of the MLP gate
+    gate_init: float = 0.5     # pi_init, how open a gate starts
+    pre_norm: bool = False     # LayerNorm before attention and FFN instead of after the residual sum
+    causal: bool = False
+    activation: str = "gelu"
+    norm_eps: float = 1e-12
+    init_std: float = 0.02
+
+    def __post_init__(self):
+        if self.width % self.heads:
+            raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
+
+
+@dataclass
+class BertConfig(Config):
+    """Defaults of BERT (Devlin et al.): post-LN, GELU. `positions`: how the learned table starts."""
+    vocab_size: int = 260
+    positions: str = "normal"  # or "sinusoid"
+
+
+# ---- the block ----
+
+class Block(nn.Module):
+    """Attention and a feed-forward network, each with a residual sum and a LayerNorm.
+
+    post-LN: x = norm(x + f(x));  pre-LN: x = x + f(norm(x)).
+    `ffn_output` and `layer_output` are the two tensors whose outliers the paper reports.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.pre_norm = config.pre_norm
+        self.attention = SelfAttention(config)
+        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.ffn_up = nn.Linear(config.width, config.ffn)
+        self.activation = {"gelu": nn.GELU, "relu": nn.ReLU}[config.activation]()
+        self.ffn_down = nn.Linear(config.ffn, config.width)
+        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+
+        self.norm1_tap, self.residual1_tap = Tap(), Tap()
+        self.ffn_hidden_tap, self.ffn_output_tap = Tap(), Tap()
+        self.norm2_tap = Tap() if config.pre_norm else None
+        self.residual2_tap = None if config.pre_norm else Tap()
+        self.layer_output_tap = Tap()
+
+    def feed_forward(self, x):
+        hidden = self.ffn_hidden_tap(self.activation(self.ffn_up(x)))  # (B, T, ffn)
+        return self.ffn_output_tap(self.ffn_down(hidden))
+
+    def forward(self, x, attend=None):
+        """x (B, T, width) -> (B, T, width)"""
+        if self.pre_norm:
+            update = self.attention(self.norm1_tap(self.norm1(x)), attend)
+            x = self.residual1_tap(x + self.dropout(update))
+            update = self.feed_forward(self.norm2_tap(self.norm2(x)))
+            return self.layer_output_tap(x + self.dropout(update))
+        update = self.attention(x, attend)
+        x = self.norm1_tap(self.norm1(self.residual1_tap(x + self.dropout(update))))
+        update = self.feed_forward(x)
+        return self.layer_output_tap(self.norm2(self.residual2_tap(x + self.dropout(update))))
+
+
+# ---- BERT ----
+
+class Bert(nn.Module):
+    """BERT for masked language modelling, post-LN; one segment only, so no segment embedding."""
+
+    float_modules = ("head",)  # stays in floating point when the rest is quantized (sec. 5)
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.seq_len, config.width)
+        self.embedding_sum_tap = Tap()
+        self.embedding_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.embedding_norm_tap = Tap()
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.head = MaskedHead(config, self.token_embedding.weight)
+
+        initialize(self, config.init_std)
+        if config.positions == "sinusoid":
+            self.position_embedding.weight.data = sinusoids(config.seq_len, config.width, config.init_std)
+
+    def forward(self, tokens, positions=None, attend=None):
+        """tokens (B, T) -> logits (B, T, vocab), or (N, vocab) at N flat `positions` into B * T.
+
+        `attend` (B, T), bool: False at padding. Predicting at masked positions only saves most of
+        the decoder's work.
+        """
+        T = tokens.shape[1]
+        x = self.token_embedding(tokens) + self.position_embedding.weight[:T]  # (B, T, width)
+        x = self.embedding_norm_tap(self.embedding_norm(self.embedding_sum_tap(x)))
+        x = self.dropout(x)
+        if attend is not None:
+            attend = attend[:, None, None, :]
+        for layer in self.layers:
+            x = layer(x, attend)
+        if positions is not None:
+            x = x.flatten(0, 1)[positions]  # (N, width)
+        return self.head(x)
+
+
+class MaskedHead(nn.Module):
+    """BERT's prediction head: transform, GELU, LayerNorm, and a decoder that shares the token table."""
+
+    def __init__(self, config, token_table):
+        super().__init__()
+        self.transform = nn.Linear(config.width, config.width)
+        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.decoder = nn.Linear(config.width, config.vocab_size)
+        self.decoder.weight = token_table
+
+    def forward(self, x):
+        return self.decoder(self.norm(F.gelu(self.transform(x))))
+
+
+# ---- initialization ----
+
+def initialize(model, std):
+    """Normal(0, std) for every Linear and Embedding, zero biases; gates keep their own (sec. 5.3)."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+
+def sinusoids(length, width, std):
+    """Sine and cosine waves of geometrically growing length (Vaswani et al.), (length, width), scaled to `std`."""
+    position = torch.arange(length)[:, None]
+    frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    angle = position * frequency  # (length, width / 2)
+    return std * math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
+
+
+FAMILIES = {"bert": (Bert, BertConfig)}
