@@ -19,21 +19,21 @@ from minq.errors import one_line_errors
 from minq.model import Bert, BertConfig
 from minq.outliers import watch
 from minq.training import (Interrupt, Run, autocast, check_slices, evaluate, linear_schedule, load_checkpoint,
-                           micro_batches, parameter_groups, pick_device, pick_precision, require_same_data, seed_step,
-                           show, start_processes, summary, to_device)
+                           mean_over_processes, micro_batches, parameter_groups, pick_device, pick_precision,
+                           require_same_data, seed_step, show, start_processes, summary, to_device)
 
 # ---- recipes ----
 
 DEFAULTS = dict(
     attention="vanilla", zeta=1.0, gate="linear", gate_hidden=4, gate_init=0.5,
-    layers=12, width=768, heads=12, seq_len=128, positions="normal",
+    layers=12, width=768, heads=12, seq_len=128, init_std=0.02, positions="normal",
     data="stdlib", mask_prob=0.15,
     steps=1_000_000, batch_size=256, accumulate=1, lr=1e-4, warmup=10_000, weight_decay=0.01,
     decay_layernorm=False, clip=1.0, dropout=0.1, seed=0,
     precision="fp16", eval_every=10_000, eval_batches=64, save_every=10_000)
 
 PRESETS = {
-    "laptop": dict(layers=4, width=128, heads=4, seq_len=64, positions="sinusoid",
+    "laptop": dict(layers=4, width=128, heads=4, seq_len=64, init_std=0.05, positions="sinusoid",
                    steps=2000, batch_size=32, lr=1e-3, warmup=100, dropout=0.0,
                    precision=None, eval_every=500, eval_batches=32, save_every=500),
     "paper": dict(),  # C.1
@@ -48,6 +48,7 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     flags.add_attention_flags(parser)
     flags.add_size_flags(parser)
+    parser.add_argument("--init-std", type=flags.number(float, above=0), help="standard deviation of initial weights")
     parser.add_argument("--positions", choices=("normal", "sinusoid"), help="how the learned position table starts")
     flags.add_text_flags(parser)
     parser.add_argument("--mask-prob", type=flags.number(float, above=0, below=1), help="share of tokens to predict")
@@ -75,7 +76,8 @@ def main(argv=None):
     config = BertConfig(
         layers=args.layers, width=args.width, heads=args.heads, ffn=4 * args.width, seq_len=args.seq_len,
         dropout=args.dropout, attention=args.attention, gamma=args.gamma, zeta=args.zeta, gate=args.gate,
-        gate_hidden=args.gate_hidden, gate_init=args.gate_init, vocab_size=text.vocab_size, positions=args.positions)
+        gate_hidden=args.gate_hidden, gate_init=args.gate_init, vocab_size=text.vocab_size, init_std=args.init_std,
+        positions=args.positions)
     model = Bert(config).to(device)
     trained = torch.compile(model) if args.compile else model
     trained = DistributedDataParallel(trained) if world > 1 else trained
@@ -116,11 +118,11 @@ def main(argv=None):
             predictions = (labels != IGNORE).sum()  # in the global batch: the slices' losses add up to its mean
             step_loss = torch.zeros((), device=device)
             for i, batch in enumerate(micro_batches((tokens, labels), args.accumulate, rank, world)):
+                trained.require_backward_grad_sync = i == args.accumulate - 1  # DDP: exchange gradients once a step
                 inputs, targets = to_device(data.to_model(*batch), device)
                 with autocast(device, args.precision):
                     logits = trained(*inputs)
                 loss = F.cross_entropy(logits.float(), targets, reduction="sum") * (world / predictions)
-                trained.require_backward_grad_sync = i == args.accumulate - 1  # DDP: exchange gradients once a step
                 scaler.scale(loss).backward()
                 step_loss += loss.detach()
             scaler.unscale_(optimizer)
@@ -128,6 +130,7 @@ def main(argv=None):
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
+            step_loss = mean_over_processes(step_loss)
             train_loss += step_loss
             step += 1
 

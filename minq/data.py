@@ -107,7 +107,7 @@ class MaskedText:
     """Sequences [CLS] + T-2 tokens + [SEP] with masked tokens to predict (Devlin et al.; paper, C.1)."""
 
     def __init__(self, text, seq_len, mask_prob=0.15):
-        self.text, self.seq_len, self.mask_prob = text, seq_len, mask_prob
+        self.text, self.seq_len, self.mask_prob, self.sha256 = text, seq_len, mask_prob, text.sha256
         self.window = seq_len - 2
         if self.window < 1:
             raise UserError(f"--seq-len {seq_len} leaves no room between [CLS] and [SEP]; expected at least 3")
@@ -152,3 +152,9 @@ class MaskedText:
         """Arrays -> ((tokens, positions), targets): the model predicts at flat `positions` only."""
         positions = np.flatnonzero(labels != IGNORE)
         return (torch.from_numpy(tokens), torch.from_numpy(positions)), torch.from_numpy(labels.reshape(-1)[positions])
+
+
+def open_data(family, args):
+    """The data of a run, from its arguments (a dict): an object with train_batch, validation_batches and to_model."""
+    text = load_text(args["data"], args["vocab_size"], args["special_ids"])
+    return {"bert": lambda: MaskedText(text, args["seq_len"], args["mask_prob"])}[family]()

@@ -143,8 +143,8 @@ def run_name(family, args, typed):
     words = [family, args.attention]
     for name, value in typed.items():
         if name not in unnamed:
-            value = "" if value is True else Path(value).stem if name == "data" else value
-            words.append(f"{name.replace('_', '')}{value}")
+            words.append(Path(value).stem if name == "data" else
+                         name.replace("_", "") + ("" if value is True else str(value)))
     return "runs/" + "-".join((*words, f"s{args.seed}"))
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minq.attention import SelfAttention, Tap
+from minq.attention import ATTENTIONS, SelfAttention, Tap
 from minq.errors import UserError
 
 
@@ -159,12 +159,31 @@ def initialize(model, std):
             nn.init.zeros_(module.bias)
 
 
-def sinusoids(length, width, std):
-    """Sine and cosine waves of geometrically growing length (Vaswani et al.), (length, width), scaled to `std`."""
+def sinusoids(length, width, rms):
+    """Sine and cosine waves of geometrically growing length (Vaswani et al.), (length, width), root mean square `rms`."""
     position = torch.arange(length)[:, None]
     frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
     angle = position * frequency  # (length, width / 2)
-    return std * math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
+    return rms * math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
 
+
+
+# ---- from a checkpoint ----
 
 FAMILIES = {"bert": (Bert, BertConfig)}
+
+
+def from_checkpoint(checkpoint, name):
+    """Rebuild the model of a run's checkpoint. Raises UserError, naming the run, where it does not fit this code."""
+    if checkpoint["family"] not in FAMILIES:
+        raise UserError(f"{name}: its family is {checkpoint['family']!r}; expected one of {', '.join(FAMILIES)}")
+    build, configure = FAMILIES[checkpoint["family"]]
+    if checkpoint["config"].get("attention") not in ATTENTIONS:
+        raise UserError(f"{name}: its attention is {checkpoint['config'].get('attention')!r}; "
+                        f"expected one of {', '.join(ATTENTIONS)}")
+    try:
+        model = build(configure(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError):
+        raise UserError(f"{name}: its checkpoint was made by another architecture than minq's {build.__name__}") from None
+    return model

@@ -5,8 +5,6 @@ import contextlib
 import json
 import math
 import os
-import pickle
-import shutil
 import signal
 from pathlib import Path
 
@@ -102,6 +100,13 @@ def micro_batches(arrays, accumulate, rank, world):
         yield tuple(array[start:start + size] for array in arrays)
 
 
+def mean_over_processes(x):
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
 def to_device(batch, device):
     """Move a batch (nested tuples of tensors); to a GPU through pinned memory, without waiting."""
     if isinstance(batch, tuple):
@@ -188,7 +193,7 @@ def load_checkpoint(folder, family=None):
         raise UserError(f"{folder}: no run here; expected a folder with checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError):
+    except Exception:  # bytes that are no checkpoint raise anything
         raise UserError(f"{path}: truncated, or not a checkpoint of minq") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "minq 1":
         raise UserError(f"{path}: not a checkpoint of minq")

@@ -1,0 +1,318 @@
+"""The image augmentation of the ViT recipe (paper, C.3), as timm defines it, batched on tensors.
+
+    generator = torch.Generator().manual_seed(seed)
+    images, targets = augment(images, labels, classes, generator, size=224)
+
+The paper names the pieces; where it gives no strength, the defaults are those of timm's ViT recipes.
+Pieces, in timm's order: random resized crop, flip, RandAugment, colour jitter, Mixup or CutMix, label
+smoothing. (timm drops the jitter when RandAugment is on. The paper lists both, so both are applied.)
+
+Images are floats in [0, 1], (B, 3, H, W), and nothing rounds them to 8 bits between two pieces, as
+PIL does. Randomness comes from `generator` alone; it lives on the device of the images.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+
+def augment(images, labels, classes, generator, *, size, crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5,
+            rand_layers=2, rand_magnitude=9.0, jitter=0.4, mixup=0.8, cutmix=1.0, label_smoothing=0.1):
+    """A training batch: images (B, 3, H, W), labels (B,) -> images (B, 3, size, size), soft targets (B, classes).
+
+    What 0 switches off: `flip`, `rand_layers`, `jitter`, `mixup`, `cutmix`, `label_smoothing`. With
+    `crop_scale` None the images are cropped as for evaluation.
+    """
+    if crop_scale:
+        images = random_resized_crop(images, size, crop_scale, crop_ratio, generator)
+    else:
+        images = centre_crop(images, size)
+    images = random_flip(images, flip, generator)
+    images = rand_augment(images, rand_layers, rand_magnitude, generator)
+    images = colour_jitter(images, jitter, generator)
+    images, lam = mix(images, mixup, cutmix, generator)
+    return images, soft_targets(labels, classes, label_smoothing, lam)
+
+
+def uniform(generator, *shape):
+    return torch.rand(shape, generator=generator, device=generator.device)
+
+
+def per_image(values):
+    """(B,) -> (B, 1, 1, 1)"""
+    return values[:, None, None, None]
+
+
+# ---- crop and flip ----
+
+def random_resized_crop(images, size, scale, ratio, generator):
+    """Cut a random box out of each image and resize it to size x size, by bilinear or bicubic interpolation."""
+    B, _, H, W = images.shape
+    boxes = draw_boxes(B, H, W, scale, ratio, generator)
+    return crop_and_resize(images, boxes, size, bicubic=uniform(generator, B) < 0.5)
+
+
+def draw_boxes(n, height, width, scale, ratio, generator):
+    """n boxes as (top, left, height, width), each (n,), drawn as torchvision's RandomResizedCrop does.
+
+    A try is an area, uniform between the two of `scale` (as a share of the image), and a ratio
+    width / height, log-uniform between the two of `ratio`. The first that fits is put anywhere in
+    the image. If none of ten fits, the largest central box whose ratio is allowed is taken.
+    """
+    tries = 10
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform(generator, n, tries))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = (low + (high - low) * uniform(generator, n, tries)).exp()
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (n, tries)
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+
+    # The central box is one try more, which always fits.
+    w = F.pad(w, (0, 1), value=min(width, round(height * ratio[1])))
+    h = F.pad(h, (0, 1), value=min(height, round(width / ratio[0])))
+    first = F.pad(fits, (0, 1), value=True).int().argmax(dim=1, keepdim=True)
+    w, h, central = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], first[:, 0] == tries
+    top, left = (torch.where(central, (room / 2).floor(), (uniform(generator, n) * (room + 1)).floor())
+                 for room in (height - h, width - w))
+    return top, left, h, w
+
+
+def crop_and_resize(images, boxes, size, bicubic):
+    """(B, 3, H, W) -> (B, 3, size, size): the box of each image, resized as PIL does (antialiased).
+
+    Resizing is linear and separable, so it is a product with one matrix on either side, and every
+    image of a batch can have its own. (grid_sample would not antialias.)
+    """
+    top, left, height, width = boxes
+    rows = resize_matrix(top, height, images.shape[-2], size, bicubic)[:, None]
+    columns = resize_matrix(left, width, images.shape[-1], size, bicubic)[:, None]
+    return (rows @ images @ columns.mT).clamp_(0.0, 1.0)  # bicubic overshoots
+
+
+def resize_matrix(start, length, full, size, bicubic):
+    """(B, size, full): what each of `full` pixels gives to each of `size`, which span [start, start + length).
+
+    start, length, bicubic: (B,). The filter, a triangle or a cubic (a = -1/2, as in PIL), is
+    stretched when pixels get fewer, so that each of them counts.
+    """
+    start, length, bicubic = (x[:, None, None] for x in (start, length, bicubic))
+    scale = length / size
+    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (B, size, 1)
+    pixel = torch.arange(full, device=start.device) + 0.5  # (full)
+    t = ((pixel - centre) / scale.clamp(min=1.0)).abs().clamp(max=2.0)
+    cubic = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2)
+    weight = torch.where(bicubic, cubic, (1 - t).clamp(min=0.0))
+    weight = weight * ((start < pixel) & (pixel < start + length))
+    return weight / weight.sum(dim=-1, keepdim=True)
+
+
+def random_flip(images, probability, generator):
+    """Mirror each image, left for right, with the given probability."""
+    flipped = uniform(generator, len(images)) < probability
+    return torch.where(per_image(flipped), images.flip(-1), images)
+
+
+def centre_crop(images, size):
+    """For evaluation: resize the shorter side to size / 0.875 (bicubic, antialiased), cut out the centre.
+
+    Images that are size x size already stay as they are: the small images of CIFAR have no margin to lose.
+    """
+    H, W = images.shape[-2:]
+    if (H, W) == (size, size):
+        return images
+    shorter = int(size / 0.875)
+    H, W = int(shorter * H / min(H, W)), int(shorter * W / min(H, W))
+    images = F.interpolate(images, (H, W), mode="bicubic", antialias=True).clamp(0.0, 1.0)
+    top, left = round((H - size) / 2), round((W - size) / 2)
+    return images[..., top:top + size, left:left + size]
+
+
+# ---- colour: x (n, 3, H, W), one argument per image (n,) -> (n, 3, H, W) ----
+
+def blend(degenerate, x, factor):
+    """0: the degenerate image, 1: x itself, beyond 1: x exaggerated."""
+    return torch.lerp(degenerate, x, per_image(factor)).clamp_(0.0, 1.0)
+
+
+def grey(x):
+    """(n, 3, H, W) -> (n, 1, H, W): luma (ITU-R 601)."""
+    r, g, b = x.split(1, dim=1)
+    return 0.299 * r + 0.587 * g + 0.114 * b
+
+
+def brightness(x, factor):
+    return blend(x.new_zeros(1), x, factor)
+
+
+def contrast(x, factor):
+    return blend(grey(x).mean(dim=(1, 2, 3), keepdim=True), x, factor)
+
+
+def saturation(x, factor):
+    return blend(grey(x), x, factor)
+
+
+def sharpness(x, factor):
+    """Blend with PIL's SMOOTH: a 3 x 3 mean in which the middle counts 5 times; it leaves the border."""
+    kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
+    smooth = x.clone()
+    smooth[..., 1:-1, 1:-1] = F.conv2d(x, kernel.expand(3, 1, 3, 3), groups=3)
+    return blend(smooth, x, factor)
+
+
+def auto_contrast(x):
+    """Stretch each channel to [0, 1], unless it is all one level (resizing leaves traces in the last bits)."""
+    low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
+    return torch.where(high - low > 0.5 / 255, (x - low) / (high - low), x)
+
+
+def equalize(x):
+    """Make the 256 levels of each channel equally frequent, in PIL's integer arithmetic."""
+    levels = (x * 255).round().long().flatten(2)  # (n, 3, H * W)
+    count = torch.zeros(*levels.shape[:2], 256, dtype=torch.long, device=x.device)
+    count.scatter_add_(2, levels, torch.ones_like(levels))
+    brightest = count.gather(2, levels.amax(dim=2, keepdim=True))
+    step = (levels.shape[2] - brightest) // 255  # pixels per new level; the brightest level is not counted
+    below = count.cumsum(dim=2) - count
+    table = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
+    equalized = table.gather(2, levels).view_as(x) / 255
+    return torch.where(step.unsqueeze(-1) > 0, equalized, x)
+
+
+def posterize(x, bits):
+    """Keep the `bits` highest of the 8 bits."""
+    step = per_image(2 ** (8 - bits))
+    return ((x * 255).round() / step).floor() * step / 255
+
+
+def solarize(x, threshold):
+    """Invert what is at or above the threshold (of 255)."""
+    return torch.where(x < per_image(threshold / 255), x, 1 - x)
+
+
+def solarize_add(x, addend):
+    """Brighten what is below the middle (128 of 255) by addend / 255."""
+    return torch.where(x < 128 / 255, (x + per_image(addend / 255)).clamp(max=1.0), x)
+
+
+def colour_jitter(images, strength, generator):
+    """Brightness, contrast and saturation, in random order, each times a factor in 1 +- strength per image."""
+    if not strength:
+        return images
+    jitters = (brightness, contrast, saturation)
+    for i in torch.randperm(3, generator=generator, device=generator.device).tolist():
+        images = jitters[i](images, 1 + strength * (2 * uniform(generator, len(images)) - 1))
+    return images
+
+
+# ---- geometry: x (n, 3, S, S), arguments (n,) or one number -> (n, 3, S, S) ----
+
+def warp(x, xx=1.0, xy=0.0, dx=0.0, yx=0.0, yy=1.0, dy=0.0):
+    """The output's (x, y) shows the input's (xx * x + xy * y + dx, yx * x + yy * y + dy), both in [-1, 1].
+
+    Outside the input it is grey, 128 of 255 (timm: the mean of the data). Bilinear (timm: bilinear
+    or bicubic at random).
+    """
+    matrix = x.new_empty(len(x), 6)
+    for i, entry in enumerate((xx, xy, dx, yx, yy, dy)):
+        matrix[:, i] = entry
+    grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)  # (n, S, S, 2)
+    outside = (grid.abs() > 1).any(dim=-1).unsqueeze(1)
+    return F.grid_sample(x, grid, padding_mode="border", align_corners=False).masked_fill_(outside, 128 / 255)
+
+
+def rotate(x, degrees):
+    """Counter-clockwise around the centre."""
+    cos, sin = degrees.deg2rad().cos(), degrees.deg2rad().sin()
+    return warp(x, xx=cos, xy=-sin, yx=sin, yy=cos)
+
+
+# ---- RandAugment (timm's rand-m9-mstd0.5-inc1) ----
+
+# m: magnitude / 10, in [0, 1]; s: m or -m, as a coin decides. "Increasing": a higher magnitude changes more.
+# The image is 2 wide and high; a shear leaves its first row or column, y = -1 or x = -1, where it is.
+OPS = {
+    "AutoContrast": lambda x, m, s: auto_contrast(x),
+    "Equalize": lambda x, m, s: equalize(x),
+    "Invert": lambda x, m, s: 1 - x,
+    "Rotate": lambda x, m, s: rotate(x, 30 * s),
+    "PosterizeIncreasing": lambda x, m, s: posterize(x, 4 - (4 * m).floor()),
+    "SolarizeIncreasing": lambda x, m, s: solarize(x, 256 - (256 * m).floor()),
+    "SolarizeAdd": lambda x, m, s: solarize_add(x, (110 * m).floor()),
+    "ColorIncreasing": lambda x, m, s: saturation(x, 1 + 0.9 * s),
+    "ContrastIncreasing": lambda x, m, s: contrast(x, 1 + 0.9 * s),
+    "BrightnessIncreasing": lambda x, m, s: brightness(x, 1 + 0.9 * s),
+    "SharpnessIncreasing": lambda x, m, s: sharpness(x, 1 + 0.9 * s),
+    "ShearX": lambda x, m, s: warp(x, xy=0.3 * s, dx=0.3 * s),
+    "ShearY": lambda x, m, s: warp(x, yx=0.3 * s, dy=0.3 * s),
+    "TranslateXRel": lambda x, m, s: warp(x, dx=2 * 0.45 * s),
+    "TranslateYRel": lambda x, m, s: warp(x, dy=2 * 0.45 * s),
+}
+
+
+def rand_augment(images, layers, magnitude, generator):
+    """`layers` times: each image draws an operation and, with probability 1/2, undergoes it.
+
+    The magnitude gets Gaussian noise of standard deviation 0.5 and stays within [0, 10].
+    """
+    B, device = len(images), generator.device
+    for _ in range(layers):
+        op = torch.randint(len(OPS), (B,), generator=generator, device=device)
+        op[uniform(generator, B) < 0.5] = -1
+        noise = torch.randn(B, generator=generator, device=device)
+        m = ((magnitude + 0.5 * noise) / 10).clamp(0.0, 1.0)
+        images = apply_ops(images, op, torch.where(uniform(generator, B) < 0.5, m, -m))
+    return images
+
+
+def apply_ops(images, op, signed):
+    """Image i undergoes operation op[i] of OPS (-1: none) at magnitude 10 * |signed[i]|; each runs once, batched."""
+    images = images.clone()
+    for k, function in enumerate(OPS.values()):
+        chosen = (op == k).nonzero()[:, 0]
+        if len(chosen):
+            s = signed[chosen]
+            images[chosen] = function(images[chosen], s.abs(), s)
+    return images
+
+
+# ---- Mixup, CutMix, label smoothing ----
+
+def mix(images, mixup_alpha, cutmix_alpha, generator):
+    """Mixup or CutMix (a coin decides, once per batch) with the batch in reverse -> images, lambda.
+
+    lambda ~ Beta(alpha, alpha) is the share that an image keeps of itself, 1 if both alphas are 0.
+    """
+    if not mixup_alpha and not cutmix_alpha:
+        return images, 1.0
+    cuts = uniform(generator).item() < 0.5 if mixup_alpha and cutmix_alpha else not mixup_alpha
+    lam = beta(cutmix_alpha if cuts else mixup_alpha, generator)
+    return cutmix(images, lam, generator) if cuts else (lam * images + (1 - lam) * images.flip(0), lam)
+
+
+def cutmix(images, lam, generator):
+    """Paste a box of the partner's over each image -> images, the share that is really left of each.
+
+    The box has 1 - lam of the area, but its centre is anywhere in the image, so part of it may lie outside.
+    """
+    H, W = images.shape[-2:]
+    half_h, half_w = (int(side * math.sqrt(1 - lam)) // 2 for side in (H, W))
+    y, x = (int(uniform(generator) * side) for side in (H, W))
+    box = (..., slice(max(y - half_h, 0), y + half_h), slice(max(x - half_w, 0), x + half_w))
+    mixed = images.clone()
+    mixed[box] = images.flip(0)[box]
+    return mixed, 1 - mixed[0, 0][box].numel() / (H * W)
+
+
+def beta(alpha, generator):
+    """One draw from Beta(alpha, alpha), as the share of one of two gamma draws."""
+    shape = torch.full((2,), alpha, dtype=torch.float64, device=generator.device)
+    a, b = torch._standard_gamma(shape, generator=generator).tolist()  # torch.distributions takes no generator
+    return a / (a + b)
+
+
+def soft_targets(labels, classes, smoothing=0.0, lam=1.0):
+    """(B,) -> (B, classes): smoothing / classes everywhere, the rest on the label; lam of that, the rest the partner's."""
+    off = smoothing / classes
+    y = torch.full((len(labels), classes), off, device=labels.device)
+    y.scatter_(1, labels[:, None], 1 - smoothing + off)
+    return lam * y + (1 - lam) * y.flip(0)

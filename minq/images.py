@@ -1,0 +1,306 @@
+"""Images as numbers, for the ViT: drawn by code, CIFAR-10, MNIST-style files, or an array on disk.
+
+The sister of data.py: batch `step` of a run is a pure function of (seed, step). Shapes: N images
+(B in a batch) of H x W pixels and 3 channels, uint8 (N, H, W, 3) here and float (B, 3, H, W) in the model.
+"""
+import hashlib
+import math
+import os
+import shutil
+import tarfile
+import tempfile
+import urllib.request
+from dataclasses import dataclass
+from http.client import HTTPException
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minq.errors import UserError
+
+CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
+CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
+CIFAR10_CLASSES = 10
+CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then all red values, all green, all blue
+MOST_CLASSES = 2 ** 16            # a larger label in a file of unknown classes is taken for an error
+VALIDATION_SHARE = 0.1            # of an array that comes without validation images
+
+
+# ---- sources ----
+
+@dataclass
+class Part:
+    """Images (N, H, W, 3) uint8, in memory or on disk, and labels (N,) int64; only `rows` of them unless None."""
+    images: np.ndarray
+    labels: np.ndarray
+    rows: np.ndarray | None = None
+
+    def __len__(self):
+        return len(self.labels if self.rows is None else self.rows)
+
+    def take(self, indices):
+        """(images, labels) at `indices`, copied into memory."""
+        rows = indices if self.rows is None else self.rows[indices]
+        return np.array(self.images[rows]), self.labels[rows]
+
+
+@dataclass
+class ImageSource:
+    """Images for training and for validation, which never overlap."""
+    name: str
+    train: Part
+    validation: Part
+    classes: int
+    sha256: str
+
+
+def load_images(source):
+    """Open `--data`: "shapes", "cifar10", or a folder that `read_folder` knows. Else raises UserError."""
+    if source == "shapes":
+        train, validation, classes = draw_shapes(20_000, seed=0), draw_shapes(2_000, seed=1), len(SHAPES)
+    else:
+        folder = cifar10_folder() if source == "cifar10" else Path(source)
+        try:
+            train, validation, classes = read_folder(folder)
+        except OSError as error:
+            raise UserError(f"--data {source}: cannot be read: {error.strerror}: {error.filename}") from None
+    if not len(train) or not len(validation):
+        raise UserError(f"--data {source}: has {len(train)} training and {len(validation)} validation images; "
+                        "expected some of both")
+    if train.images.shape[1:] != validation.images.shape[1:]:
+        raise UserError(f"--data {source}: its training images have shape {train.images.shape[1:]}, "
+                        f"its validation images {validation.images.shape[1:]}; expected the same")
+    return ImageSource(str(source), train, validation, classes, sha256_of(train, validation))
+
+
+def sha256_of(train, validation):
+    """The hash of the labels and images of both parts, read piece by piece: an array may exceed the memory."""
+    digest = hashlib.sha256()
+    for part in (train, validation) if validation.rows is None else (train,):  # with rows, both share one array
+        digest.update(part.labels)
+        for start in range(0, len(part.images), 256):
+            digest.update(np.ascontiguousarray(part.images[start:start + 256]))
+    return digest.hexdigest()
+
+
+# ---- folders ----
+
+def read_folder(folder):
+    """(train, validation, classes) of a folder, whose layout shows in the names of its files."""
+    if not folder.is_dir():
+        raise UserError(f"--data {folder}: no such folder; 'shapes' and 'cifar10' are built in")
+    if any(folder.glob("data_batch_*.bin")):
+        return read_cifar10(folder)
+    if (folder / "images.npy").exists():
+        return read_arrays(folder)
+    if (folder / "train-images-idx3-ubyte").exists():
+        return read_mnist(folder)
+    raise UserError(f"--data {folder}: no images in it; expected data_batch_*.bin and test_batch.bin (CIFAR-10), "
+                    "images.npy and labels.npy, or train-images-idx3-ubyte and its like (MNIST)")
+
+
+def read_cifar10(folder):
+    """CIFAR-10's binary layout: data_batch_*.bin to train on, test_batch.bin to validate."""
+    def part(paths):
+        for path in paths:
+            if path.stat().st_size % CIFAR10_RECORD:
+                raise UserError(f"--data {folder}: {path.name} has {path.stat().st_size} bytes; "
+                                f"expected records of {CIFAR10_RECORD}")
+        records = np.concatenate([np.fromfile(path, dtype=np.uint8) for path in paths]).reshape(-1, CIFAR10_RECORD)
+        images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
+        return checked_part(folder, images, records[:, 0], CIFAR10_CLASSES)
+
+    return part(sorted(folder.glob("data_batch_*.bin"))), part([folder / "test_batch.bin"]), CIFAR10_CLASSES
+
+
+def read_arrays(folder):
+    """images.npy uint8 (N, H, W, 3), never read as a whole, and labels.npy: ImageNet at 224, for example.
+
+    val_images.npy and val_labels.npy validate. Without them a tenth of the rows does, drawn at
+    random (always the same ones), because such arrays tend to be sorted by class.
+    """
+    def part(prefix):
+        images, labels = (open_npy(folder, f"{prefix}{name}.npy") for name in ("images", "labels"))
+        return checked_part(folder, images, labels, MOST_CLASSES)
+
+    train = part("")
+    if any((folder / f"val_{name}.npy").exists() for name in ("images", "labels")):
+        validation = part("val_")
+    else:
+        rows = np.random.default_rng(0).permutation(len(train))
+        boundary = int(len(rows) * (1 - VALIDATION_SHARE))
+        validation = Part(train.images, train.labels, np.sort(rows[boundary:]))
+        train = Part(train.images, train.labels, np.sort(rows[:boundary]))
+    return train, validation, number_of_classes(train, validation)
+
+
+def open_npy(folder, name):
+    try:
+        return np.lib.format.open_memmap(folder / name, mode="r")
+    except ValueError as error:
+        raise UserError(f"--data {folder}: {name} is no .npy array: {error}") from None
+
+
+def read_mnist(folder):
+    """MNIST's layout (also Fashion-MNIST's), unpacked; the grey value stands in for red, green and blue."""
+    def part(prefix):
+        images = read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
+        labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
+        colour = np.broadcast_to(images[..., None], (*images.shape, 3))  # a view
+        return checked_part(folder, colour, labels, MOST_CLASSES)
+
+    train, validation = part("train"), part("t10k")
+    return train, validation, number_of_classes(train, validation)
+
+
+def read_idx(folder, name, dimensions):
+    """An IDX file of bytes: 0x0800 + the number of dimensions and then each one (big-endian uint32), the values."""
+    content = np.fromfile(folder / name, dtype=np.uint8)
+    header, values = np.split(content, [4 + 4 * dimensions])
+    if header.size < 4 + 4 * dimensions or header.view(">u4")[0] != 0x0800 + dimensions:
+        raise UserError(f"--data {folder}: {name} does not start with {0x0800 + dimensions:#010x} and "
+                        f"{dimensions} sizes; expected an unpacked IDX file")
+    shape = tuple(int(size) for size in header.view(">u4")[1:])
+    if math.prod(shape) != values.size:
+        raise UserError(f"--data {folder}: {name} holds {values.size} values; expected {math.prod(shape)}, "
+                        f"the product of its sizes {shape}")
+    return values.reshape(shape)
+
+
+def checked_part(folder, images, labels, most_classes):
+    """A Part, if images and labels are what its fields promise."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
+        raise UserError(f"--data {folder}: its images are {images.dtype} of shape {images.shape}; "
+                        "expected uint8 of shape (N, H, H, 3)")
+    if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
+        raise UserError(f"--data {folder}: its labels are {labels.dtype} of shape {labels.shape}; "
+                        f"expected {len(images)} integers, one an image")
+    labels = labels.astype(np.int64)
+    if labels.size and (labels.min() < 0 or labels.max() >= most_classes):
+        raise UserError(f"--data {folder}: its labels run from {labels.min()} to {labels.max()}; "
+                        f"expected 0 to {most_classes - 1} at most")
+    return Part(images, labels)
+
+
+def number_of_classes(*parts):
+    return 1 + max(int(part.labels.max(initial=0)) for part in parts)
+
+
+# ---- CIFAR-10 from the net ----
+
+def cifar10_folder():
+    """The folder of CIFAR-10's binary files, in the cache; the first call downloads them."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minq"
+    folder = cache / "cifar-10-batches-bin"  # its name in the archive, too
+    if folder.exists():
+        return folder
+    print(f"downloading {CIFAR10_URL} (170 MB) to {cache}", flush=True)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            archive = Path(scratch, "archive.tar.gz")
+            with urllib.request.urlopen(CIFAR10_URL, timeout=60) as remote, open(archive, "wb") as file:
+                shutil.copyfileobj(remote, file)
+            with open(archive, "rb") as file:
+                md5 = hashlib.file_digest(file, "md5").hexdigest()
+            if md5 != CIFAR10_MD5:
+                raise UserError(f"--data cifar10: {CIFAR10_URL} has the MD5 {md5}; expected {CIFAR10_MD5}")
+            with tarfile.open(archive) as tar:
+                tar.extractall(scratch, filter="data")  # refuses paths that lead out of the folder
+            os.replace(Path(scratch, folder.name), folder)  # complete, or not there at all
+    except (OSError, HTTPException, tarfile.TarError) as error:
+        if not folder.exists():  # unless another process was faster
+            raise UserError(f"--data cifar10: cannot be fetched from {CIFAR10_URL} to {cache}: {error}") from None
+    return folder
+
+
+# ---- shapes drawn by code ----
+
+def radius(x, y):
+    return np.sqrt(x * x + y * y)
+
+
+def sides(x, y, n):
+    """How far a point lies towards each side of a regular polygon, (n, ...): their maximum draws the polygon."""
+    angles = [2 * math.pi * k / n for k in range(n)]
+    return np.stack([x * math.sin(angle) + y * math.cos(angle) for angle in angles])
+
+
+# Negative inside, positive outside, about the distance to the edge. All have the area 2, so that
+# neither the colours nor their amounts tell the class, and lie within EXTENT of their centre.
+SHAPES = {
+    "circle": lambda x, y: radius(x, y) - 0.8,
+    "ring": lambda x, y: abs(radius(x, y) - 0.8) - 0.2,
+    "crescent": lambda x, y: np.maximum(radius(x - 0.36, y) - 1.05, 0.84 - radius(x - 1.06, y)),
+    "heart": lambda x, y: radius(x, y + 0.48 - 0.9 * np.sqrt(abs(x))) - 0.8,
+    "triangle": lambda x, y: sides(x, y, 3).max(axis=0) - 0.62,
+    "square": lambda x, y: sides(x, y, 4).max(axis=0) - 0.71,
+    "star": lambda x, y: np.sort(sides(x, y, 5), axis=0)[-2] - 0.412,  # beyond one side at most
+    "plus": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.29, np.maximum(abs(x), abs(y)) - 1.0),
+    "bow tie": lambda x, y: np.maximum(0.71 * (abs(y) - abs(x)), abs(x) - 1.0),
+    "arrow": lambda x, y: np.minimum(sides(x, y + 0.4, 3).max(axis=0) - 0.5,
+                                     np.maximum(abs(x) - 0.3, abs(y - 0.65) - 0.6)),
+}
+EXTENT = 1.42
+
+
+def draw_shapes(count, seed, size=32):
+    """A Part of `count` images, each of one shape at a random place, size and angle, in random colours.
+
+    Pixels see only float32 operations that are rounded alike on every machine (no sines), so
+    that the images, and their hash, are the same everywhere.
+    """
+    rng = np.random.default_rng(seed)
+
+    def uniform(low, high, *shape):
+        return rng.uniform(low, high, shape).astype(np.float32)
+
+    images = np.empty((count, size, size, 3), dtype=np.uint8)
+    labels = rng.permutation(np.arange(count) % len(SHAPES))
+    pixels = np.arange(size, dtype=np.float32) + 0.5 - size / 2  # seen from the centre of the image
+    for label, shape in enumerate(SHAPES.values()):
+        rows = np.flatnonzero(labels == label)
+        n = len(rows)
+        unit = uniform(0.18 * size, 0.28 * size, n, 1, 1)  # in pixels
+        centre_x, centre_y = uniform(-1, 1, 2, n, 1, 1) * (size / 2 - EXTENT * unit)
+        angle = rng.uniform(0, 2 * math.pi, (n, 1, 1))
+        cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+        x, y = pixels[None, :] - centre_x, pixels[:, None] - centre_y  # (n, 1, W), (n, H, 1)
+        x, y = (cosine * x + sine * y) / unit, (cosine * y - sine * x) / unit  # (n, H, W)
+        inside = (0.5 - unit * shape(x, y)).clip(0, 1)  # the share of a pixel that the shape covers, (n, H, W)
+
+        background = uniform(0, 1, n, 3, 1, 1)
+        colour = (background + uniform(0.3, 0.7, n, 3, 1, 1)) % 1  # as random, but never close to it
+        light = (uniform(-0.3, 0.3, n, 1, 1) * pixels[:, None] + uniform(-0.3, 0.3, n, 1, 1) * pixels) / size
+        noise = rng.random((n, 3, size, size), dtype=np.float32) - 0.5
+        image = background + inside[:, None] * (colour - background) + light[:, None] + 0.2 * noise  # (n, 3, H, W)
+        images[rows] = (255 * (0.1 + 0.8 * image).clip(0, 1) + 0.5).transpose(0, 2, 3, 1)
+    return Part(images, labels)
+
+
+# ---- batches ----
+
+class Images:
+    """Batches of labelled images, uint8; `to_model` makes them floats. The model normalizes them itself."""
+
+    def __init__(self, source):
+        self.source, self.classes, self.sha256 = source, source.classes, source.sha256
+        self.image_size = source.train.images.shape[1]
+
+    def train_batch(self, seed, step, size):
+        """(images (size, H, W, 3), labels (size,)), drawn at random, the same for the same (seed, step)."""
+        rng = np.random.default_rng((seed, step))
+        return self.source.train.take(rng.integers(len(self.source.train), size=size))
+
+    def validation_batches(self, size, batches):
+        """Up to `batches` pairs (images, labels): always the same images, evenly spread, none twice."""
+        available = len(self.source.validation)
+        chosen = np.linspace(0, available - 1, min(available, size * batches)).astype(int)
+        for i in range(0, len(chosen), size):
+            yield self.source.validation.take(chosen[i:i + size])
+
+    @staticmethod
+    def to_model(images, labels):
+        """Arrays -> ((float images (B, 3, H, W) from 0 to 1,), labels (B,))."""
+        return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255,), torch.from_numpy(labels)

@@ -1,0 +1,151 @@
+"""Quantize trained runs after training and print the paper's table (sec. 5, Tables 1, 2, 4-7).
+
+    python quantize.py runs/bert-*                         W8A8, three calibration seeds each
+    python quantize.py runs/bert-* --sweep                 8 down to 4 bits
+    python quantize.py runs/bert-vanilla-s0 --best         every pair of range estimators, the best kept
+"""
+import copy
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from torch.nn.utils import parametrize
+from tqdm import tqdm
+
+from minq import flags
+from minq.data import open_data
+from minq.errors import UserError, one_line_errors
+from minq.model import from_checkpoint
+from minq.outliers import watch
+from minq.quant import A_ESTIMATORS, W_ESTIMATORS, calibrating, quantize_model
+from minq.training import evaluate, load_checkpoint, pick_device, require_same_data, to_device
+
+METRIC = {"bert": "perplexity"}
+NORM_COLUMN = {"bert": "ffn_output"}  # the tensor whose norm Table 2 shows; kurtosis is layer_output's
+CALIBRATION_SEED = 1_000_000          # plus 0, 1, 2: other batches of the training split than training's own order
+
+
+@one_line_errors
+def main(argv=None):
+    # ---- arguments ----
+    parser = flags.Parser(__doc__)
+    bits = flags.number(int, low=2, high=16)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("--w-bits", type=bits, default=8, help="bits of weights, 2 to 16")
+    parser.add_argument("--a-bits", type=bits, default=8, help="bits of activations, 2 to 16")
+    parser.add_argument("--sweep", action="store_true", help="weights and activations at 8, 7, 6, 5 and 4 bits")
+    parser.add_argument("--w-estimator", choices=W_ESTIMATORS, default="minmax", help="range of weights (sec. C.4)")
+    parser.add_argument("--a-estimator", choices=A_ESTIMATORS, default="running", help="range of activations (sec. C.4)")
+    parser.add_argument("--best", action="store_true", help="try every pair of estimators and keep the best, as the paper does")
+    parser.add_argument("--w-granularity", choices=("tensor", "channel"), default="tensor", help="weights sharing a scale")
+    parser.add_argument("--batches", type=flags.positive, default=16, help="calibration batches, from the training split")
+    parser.add_argument("--seeds", type=flags.positive, default=3, help="calibrations per run; the table shows mean and deviation")
+    parser.add_argument("--eval-batches", type=flags.positive, help="validation batches; by default as in training")
+    parser.add_argument("--data", help="where the runs' data is now")
+    parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
+    parser.add_argument("--json", metavar="FILE", help="write the table there, too")
+    args = parser.parse_args(argv)
+    device = pick_device(args.device)
+    widths = [(b, b) for b in (8, 7, 6, 5, 4)] if args.sweep else [(args.w_bits, args.a_bits)]
+    estimators = ([(w, a) for w in W_ESTIMATORS for a in A_ESTIMATORS] if args.best
+                  else [(args.w_estimator, args.a_estimator)])
+
+    # ---- every run, and all that could be wrong with it ----
+    loaded = []
+    for name in args.runs:
+        checkpoint = load_checkpoint(name)
+        model = from_checkpoint(checkpoint, name).to(device).eval()
+        run_args = checkpoint["args"] | ({"data": args.data} if args.data else {})
+        data = open_data(checkpoint["family"], run_args)
+        if not args.data:
+            require_same_data(run_args["data"], data.sha256, checkpoint)
+        loaded.append((name, checkpoint, model, data))
+
+    rows = []
+    progress = tqdm(total=len(loaded) * len(widths) * len(estimators) * args.seeds, unit="model")
+    for name, checkpoint, model, data in loaded:
+        batch_size = checkpoint["args"]["batch_size"]
+        metric = METRIC[checkpoint["family"]]
+        sign = -1 if metric == "accuracy" else 1  # of "smaller is better"
+        eval_batches = args.eval_batches or checkpoint["args"]["eval_batches"]
+        validation = [data.to_model(*batch) for batch in data.validation_batches(batch_size, eval_batches)]
+
+        # ---- floating point ----
+        with watch(model) as outliers:
+            floating = evaluate(model, validation, device)[metric]
+
+        # ---- quantized ----
+        quantized = {}
+        for w_bits, a_bits in widths:
+            tried = {}
+            for w_estimator, a_estimator in estimators:
+                scores = tried[f"{w_estimator} weights, {a_estimator} activations"] = []
+                for seed in range(args.seeds):
+                    quantized_model = quantize_model(copy.deepcopy(model), w_bits, a_bits,
+                                                     w_estimator, a_estimator, args.w_granularity)
+                    with calibrating(quantized_model):
+                        for i in range(args.batches):
+                            batch = data.train_batch(CALIBRATION_SEED + seed, i, batch_size)
+                            inputs, _ = to_device(data.to_model(*batch), device)
+                            quantized_model(*inputs)
+                    with parametrize.cached():
+                        scores.append(evaluate(quantized_model, validation, device)[metric])
+                    progress.update()
+            best = min(tried, key=lambda pair: sign * statistics.mean(tried[pair]))
+            quantized[f"{w_bits}x{a_bits}"] = mean_and_std(tried[best]) | {"estimators": best}
+            if args.best:
+                for pair, scores in tried.items():
+                    progress.write(f"{name} W{w_bits}A{a_bits}, {pair}: {with_std(mean_and_std(scores))}"
+                                   + (" <- best" if pair == best else ""))
+        rows.append(row(name, checkpoint, metric, floating, quantized, outliers))
+    progress.close()
+
+    # ---- report ----
+    print(table(rows))
+    if args.json:
+        try:
+            Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
+        except OSError as error:
+            raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from None
+
+
+def mean_and_std(values):
+    """Mean and sample standard deviation (None for a single value)."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None, "all": values}
+
+
+def with_std(result):
+    """4.52 +-0.01"""
+    return f"{result['mean']:.4g}" + ("" if result["std"] is None else f" ±{result['std']:.2g}")
+
+
+def row(name, checkpoint, metric, floating, quantized, outliers):
+    args = checkpoint["args"]
+    settings = {key: args.get(key) for key in (
+        "gamma", "zeta", "alpha", "gate", "gate_hidden", "gate_init", "decay_layernorm", "patch_layernorm",
+        "fake_quant", "seq_len", "steps", "data")}
+    norms = {tap: {"max_inf_norm": outliers.max_inf_norm(tap), "avg_kurtosis": outliers.avg_kurtosis(tap)}
+             for tap in ("ffn_output", "layer_output")}
+    family = checkpoint["family"]
+    return {"run": name, "family": family, "attention": args["attention"], "seed": args["seed"],
+            "settings": settings | {"data_sha256": checkpoint["data_sha256"]},
+            "metric": metric, "fp": floating, "quantized": quantized,
+            "max_inf_norm": norms[NORM_COLUMN[family]]["max_inf_norm"],
+            "avg_kurtosis": norms["layer_output"]["avg_kurtosis"], **norms, "integer": None}
+
+
+def table(rows):
+    """The paper's columns in Markdown, a row per run."""
+    widths = [f"W{key.replace('x', 'A')}" for key in rows[0]["quantized"]]
+    lines = ["| run | metric | FP32 | max inf norm | avg kurtosis (not excess) | " + " | ".join(widths) + " |",
+             "|---|---|" + "---:|" * (3 + len(widths))]
+    for r in rows:
+        cells = [r["run"], {"perplexity": "ppl ↓", "accuracy": "acc % ↑"}[r["metric"]], f"{r['fp']:.4g}",
+                 f"{r['max_inf_norm']:.3g}", f"{r['avg_kurtosis']:.3g}", *map(with_std, r["quantized"].values())]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

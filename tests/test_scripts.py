@@ -1,0 +1,200 @@
+"""The scripts, run for real for a few steps, as a person would run them."""
+import contextlib
+import importlib
+import io
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--layers", "2", "--width", "32", "--heads", "4", "--seq-len", "16", "--batch-size", "8", "--steps", "6",
+         "--eval-every", "3", "--eval-batches", "2", "--warmup", "2", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 500)
+    return str(path)
+
+
+def start(*command, **options):
+    return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def run(script, *arguments, code=0):
+    """Call a script's main() in this process, which spares the seconds that importing torch takes."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            importlib.import_module(script.removesuffix(".py")).main([str(argument) for argument in arguments])
+            returned = 0
+        except SystemExit as exit:
+            returned = exit.code
+    assert returned == code, err.getvalue()
+    return out.getvalue(), err.getvalue()
+
+
+def train(corpus, out, *more, code=0):
+    return run("train_bert.py", *SMALL, "--data", corpus, "--out", out, *more, code=code)
+
+
+def weights(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
+
+
+def assert_same_weights(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+ATTENTIONS = {"vanilla": [], "clipped": ["--gamma", "-0.03"], "gated": ["--gate", "mlp", "--gate-hidden", "3"]}
+
+
+def test_train_three_attentions_and_print_one_table(corpus, tmp_path):
+    for attention, options in ATTENTIONS.items():
+        out, _ = train(corpus, tmp_path / attention, "--attention", attention, *options)
+        assert "perplexity" in out and f"next: python quantize.py {tmp_path / attention}" in out
+    lines = [json.loads(line) for line in (tmp_path / "gated" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [3, 6]
+    assert all(len(lines[0][tap][metric]) == 2 for tap in ("ffn_output", "layer_output") for metric in ("inf_norm", "kurtosis"))
+
+    out, _ = run("quantize.py", *(tmp_path / a for a in ATTENTIONS), "--batches", 2, "--json", tmp_path / "table.json")
+    assert out.count("\n") == 2 + 3 and "W8A8" in out
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row["attention"] for row in rows] == list(ATTENTIONS)
+    for row in rows:
+        result = row["quantized"]["8x8"]
+        assert len(result["all"]) == 3 and result["mean"] == pytest.approx(row["fp"], rel=0.05)
+        assert row["metric"] == "perplexity" and row["max_inf_norm"] == row["ffn_output"]["max_inf_norm"]
+    assert rows[1]["settings"]["gamma"] == -0.03 and rows[0]["settings"]["gamma"] == 0
+    assert rows[2]["settings"]["gate_hidden"] == 3 and rows[0]["settings"]["gate"] is None
+
+
+def test_sweep_and_best(corpus, tmp_path):
+    train(corpus, tmp_path / "run")
+    out, _ = run("quantize.py", tmp_path / "run", "--sweep", "--seeds", 1, "--batches", 1, "--w-granularity", "channel")
+    assert all(f"W{bits}A{bits}" in out for bits in (8, 7, 6, 5, 4)) and "±" not in out
+    out, _ = run("quantize.py", tmp_path / "run", "--best", "--seeds", 1, "--batches", 1, "--w-bits", 4, "--a-bits", 6)
+    assert out.count("run W4A6") == 8 and out.count("<- best") == 1 and out.count("| W4A6 |") == 1
+
+
+def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path):
+    options = ["--dropout", "0.1", "--steps", "120", "--save-every", "5", "--eval-every", "7", "--accumulate", "2"]
+    command = ["train_bert.py", *SMALL, "--data", corpus, *options]
+    process = start(*command, "--out", str(tmp_path / "killed"), cwd=ROOT)
+    while not (tmp_path / "killed" / "checkpoint.pt").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"] < 120
+
+    run("train_bert.py", "--resume", "--out", tmp_path / "killed")
+    run(*command, "--out", tmp_path / "whole")
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+    assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path):
+    process = start("train_bert.py", *SMALL, "--data", corpus, "--steps", "100000", "--save-every", "2",
+                    "--out", str(tmp_path / "run"), cwd=ROOT)
+    while not (tmp_path / "run" / "checkpoint.pt").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in err
+    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert f"interrupted at step {step}, saved. Go on with: python train_bert.py --resume --out {tmp_path / 'run'}" in out
+
+
+def test_accumulation_and_two_processes_equal_one_batch(corpus, tmp_path):
+    """The global batch is the same however it is sliced, and so are the gradients, up to rounding."""
+    train(corpus, tmp_path / "one", "--dropout", "0")
+    train(corpus, tmp_path / "accumulated", "--dropout", "0", "--batch-size", "4", "--accumulate", "2")
+    torchrun = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_bert.py", *SMALL,
+                     "--data", corpus, "--dropout", "0", "--batch-size", "4", "--accumulate", "2",
+                     "--out", str(tmp_path / "two"), cwd=ROOT)
+    assert torchrun.wait(timeout=300) == 0
+    one = weights(tmp_path / "one")
+    for other in ("accumulated", "two"):
+        for name, value in weights(tmp_path / other).items():
+            torch.testing.assert_close(value, one[name], rtol=1e-3, atol=2e-5)
+    losses = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+              for name in ("one", "accumulated", "two")]
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [["--precision", "bf16"], ["--precision", "fp16"], ["--precision", "fp32", "--compile", "--layers", "1"]])
+def test_mixed_precision_and_compile(corpus, tmp_path, options):
+    out, _ = train(corpus, tmp_path / "run", *options)
+    loss = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    assert 4 < loss < 6  # near ln 260 after six steps
+    scaler = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["scaler"]
+    assert bool(scaler) == ("fp16" in options)
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--heads", "5"], "--heads 5 does not divide --width 32"),
+    (["--attention", "clipped", "--gamma", "0.1"], "--gamma: 0.1: expected at most 0"),
+    (["--attention", "clipped", "--zeta", "0.9"], "--zeta: 0.9: expected at least 1"),
+    (["--attention", "clipped", "--alpha", "2", "--gamma", "-0.1"], "--alpha 2 and --gamma -0.1 both set gamma"),
+    (["--gate", "mlp"], "--gate mlp needs --attention gated, not vanilla"),
+    (["--gate-init", "0.3"], "--gate-init 0.3 needs --attention gated"),
+    (["--gamma", "-0.1"], "--gamma -0.1 needs --attention clipped"),
+    (["--attention", "gated", "--gate-hidden", "8"], "--gate-hidden 8 needs --gate mlp, not linear"),
+    (["--attention", "gated", "--gate-init", "1"], "--gate-init: 1: expected above 0 and below 1"),
+    (["--attention", "linear"], "--attention: invalid choice: 'linear'"),
+    (["--steps", "many"], "--steps: invalid whole number value: 'many'"),
+    (["--seq-len", "5000"], "fewer than one sequence of --seq-len 5000"),
+    (["--data", "/nowhere/at/all"], "--data /nowhere/at/all: no such file"),
+    (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
+    (["--resume"], "no run here"),
+    (["--device", "toaster"], "--device toaster")])
+def test_bad_flags_give_one_line_and_write_nothing(corpus, tmp_path, options, message):
+    out, err = train(corpus, tmp_path / "run", *options, code=2)
+    assert message in err and err.count("\n") == 1 and err.startswith("error: ") and not out
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_in_the_way_is_refused_and_kept(corpus, tmp_path):
+    train(corpus, tmp_path / "run")
+    before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    _, err = train(corpus, tmp_path / "run", code=2)
+    assert "already holds a run" in err
+    _, err = train(corpus, tmp_path / "run", "--resume", "--lr", "0.5", code=2)
+    assert "--lr 0.5 differs from the run's 0.001" in err
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
+    train(corpus, tmp_path / "run", "--overwrite", "--seed", "1")
+    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() != before
+
+
+def test_quantize_reports_bad_input_in_one_line(corpus, tmp_path):
+    data = tmp_path / "data.txt"
+    data.write_text(Path(corpus).read_text())
+    train(data, tmp_path / "run")
+    for command, message in [
+            ([tmp_path / "nothing"], "no run here"),
+            ([tmp_path / "run", "--w-bits", "1"], "--w-bits: 1: expected at least 2 and at most 16"),
+            ([tmp_path / "run", "--a-bits", "17"], "--a-bits: 17: expected at least 2 and at most 16")]:
+        _, err = run("quantize.py", *command, code=2)
+        assert message in err and err.count("\n") == 1
+
+    data.write_text(Path(corpus).read_text().upper())
+    _, err = run("quantize.py", tmp_path / "run", code=2)
+    assert "has changed since this run was trained on it" in err and err.count("\n") == 1
+    out, _ = run("quantize.py", tmp_path / "run", "--data", corpus, "--seeds", 1, "--batches", 1)
+    assert "W8A8" in out
+
+
+def test_the_default_name_tells_the_settings(corpus, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run("train_bert.py", *SMALL, "--data", corpus, "--attention", "clipped", "--alpha", "2")
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("bert-clipped-") and folder.name.endswith("-s0")
+    assert "-alpha2.0-" in folder.name and "-corpus-" in folder.name

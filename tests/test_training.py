@@ -1,0 +1,148 @@
+"""Schedules, parameter groups, evaluation, and runs on disk."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minq.errors import UserError
+from minq.model import Bert, BertConfig, from_checkpoint
+from minq.training import (Run, autocast, evaluate, linear_schedule, load_checkpoint, parameter_groups, pick_device,
+                           seed_step, write_atomically)
+
+
+def test_linear_schedule_rises_from_0_to_1_and_falls_to_0():
+    assert [linear_schedule(step, 10, 110) for step in (0, 5, 10, 60, 110)] == [0, 0.5, 1, 0.5, 0]
+    assert linear_schedule(0, 0, 10) == 1
+
+
+def small(**settings):
+    torch.manual_seed(0)
+    return Bert(BertConfig(layers=2, width=32, heads=4, ffn=64, seq_len=12, **settings))
+
+
+@pytest.mark.parametrize("decay_layernorm", [False, True])
+def test_biases_never_decay_and_gammas_only_when_asked(decay_layernorm):
+    model = small(attention="gated", gate="mlp")
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1, decay_layernorm))
+    gammas = {name for name in names.values() if "norm" in name and name.endswith("weight")}
+    assert decayed | kept == set(names.values()) and not decayed & kept
+    assert all("bias" not in name for name in decayed)
+    assert all("bias" in name or name in gammas for name in kept)
+    assert gammas <= (decayed if decay_layernorm else kept) and len(gammas) == 6
+
+
+def test_perplexity_is_of_all_predictions_not_a_mean_of_batches():
+    model = small()
+    tokens = torch.randint(256, (4, 12))
+    batches = [((tokens, torch.arange(2)), torch.tensor([1, 2])), ((tokens, torch.arange(30)), torch.arange(30))]
+    loss = torch.cat([F.cross_entropy(model.eval()(*inputs), targets, reduction="none") for inputs, targets in batches])
+    scores = evaluate(model.train(), batches, torch.device("cpu"))
+    assert scores["perplexity"] == pytest.approx(math.exp(loss.mean().item()), rel=1e-5)
+    assert model.training
+
+
+def test_randomness_of_a_step_depends_on_seed_step_and_rank():
+    draw = lambda *key: seed_step(*key) or torch.rand(3)
+    assert torch.equal(draw(1, 5, 0), draw(1, 5, 0))
+    draws = [draw(*key) for key in ((1, 5, 0), (1, 6, 0), (2, 5, 0), (1, 5, 1))]
+    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+
+
+@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_autocast_multiplies_in_the_asked_precision(precision, dtype):
+    with autocast(torch.device("cpu"), precision):
+        assert torch.nn.Linear(4, 4)(torch.ones(1, 4)).dtype == dtype
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(UserError, match="--device toaster"):
+        pick_device("toaster")
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="no CUDA device"):
+            pick_device("cuda")
+
+
+# ---- runs on disk ----
+
+def saved(folder, **changes):
+    model = small(attention="gated", gate="mlp", gate_hidden=3)
+    run = Run(folder)
+    run.start(overwrite=False)
+    config = {**vars(model.config)}
+    run.save(**{"family": "bert", "config": config, "model": model.state_dict(), "step": 1} | changes)
+    return model
+
+
+def test_a_checkpoint_rebuilds_its_model(tmp_path):
+    model, tokens = saved(tmp_path / "run").eval(), torch.randint(256, (2, 12))
+    again = from_checkpoint(load_checkpoint(tmp_path / "run"), "run").eval()
+    assert again.config == model.config and torch.equal(again(tokens), model(tokens))
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(new):
+        new.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, fail)
+    assert path.read_text() == "old"
+
+
+def test_a_run_is_not_replaced_unless_asked(tmp_path):
+    saved(tmp_path / "run")
+    with pytest.raises(UserError, match="already holds a run"):
+        Run(tmp_path / "run").start(overwrite=False)
+    assert load_checkpoint(tmp_path / "run")["step"] == 1
+    Run(tmp_path / "run").start(overwrite=True)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_metrics_after_the_checkpoint_are_dropped(tmp_path):
+    run = Run(tmp_path)
+    for step in (1, 2, 3):
+        run.log(step=step)
+    with open(run.metrics, "a") as file:
+        file.write('{"step": 4, "lo')
+    run.forget_after(2)
+    assert run.metrics.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize("break_it, message", [
+    (lambda path: path.write_bytes(path.read_bytes()[:1000]), "truncated"),
+    (lambda path: path.write_bytes(b"hello"), "not a checkpoint of minq"),
+    (lambda path: path.write_bytes(b""), "not a checkpoint of minq"),
+    (lambda path: torch.save([1, 2], path), "not a checkpoint of minq"),
+    (lambda path: torch.save({"model": {}}, path), "not a checkpoint of minq"),
+    (lambda path: path.unlink(), "no run here")])
+def test_a_broken_checkpoint_is_named(tmp_path, break_it, message):
+    saved(tmp_path / "run")
+    break_it(tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(UserError, match=message):
+        load_checkpoint(tmp_path / "run")
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"family": "llama"}, "its family is 'llama'"),
+    ({"config": {"attention": "linear"}}, "its attention is 'linear'"),
+    ({"config": {"attention": "vanilla"}}, "another architecture"),
+    ({"config": {"attention": "vanilla", "experts": 8}}, "another architecture")])
+def test_a_foreign_checkpoint_is_named(tmp_path, changes, message):
+    saved(tmp_path / "run", **changes)
+    with pytest.raises(UserError, match=message):
+        from_checkpoint(load_checkpoint(tmp_path / "run"), "run")
+
+
+def test_a_checkpoint_can_hold_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return print, ("executed",)
+    (tmp_path / "run").mkdir()
+    torch.save({"format": "minq 1", "x": Evil()}, tmp_path / "run" / "checkpoint.pt")
+    with pytest.raises(UserError, match="not a checkpoint of minq"):
+        load_checkpoint(tmp_path / "run")
