@@ -34,8 +34,8 @@ DEFAULTS = dict(
 
 PRESETS = {
     "laptop": dict(layers=4, width=128, heads=4, seq_len=64, init_std=0.05, positions="sinusoid",
-                   steps=2000, batch_size=32, lr=1e-3, warmup=100, dropout=0.0,
-                   precision=None, eval_every=500, eval_batches=32, save_every=500),
+                   steps=2400, batch_size=16, lr=1.5e-3, warmup=200, dropout=0.0,
+                   precision=None, eval_every=400, eval_batches=64, save_every=400),
     "paper": dict(),  # C.1
     "bert-6l": dict(layers=6, steps=500_000, batch_size=128),  # sec. 5.2, 5.3
     "blog": dict(batch_size=128, gamma=-0.025, gate="mlp", gate_hidden=16),  # the blog's Table 1

@@ -17,6 +17,7 @@ from minq.errors import UserError
 IGNORE = -100            # a label that is not predicted (cross_entropy's default)
 VALIDATION_SHARE = 0.1   # the last tenth of a text
 SPECIALS = ("pad", "cls", "sep", "mask")
+BACKCOPY_SYMBOLS = 64
 
 
 # ---- corpora ----
@@ -39,7 +40,7 @@ class Text:
 
 
 def load_text(source, vocab_size=None, special_ids=None):
-    """Open `--data`: "stdlib", a file or folder of text (read as bytes), or a .bin file of uint16 tokens.
+    """Open `--data`: "stdlib", "backcopy", a file or folder of text (read as bytes), or a .bin of uint16 tokens.
 
     A .bin needs `vocab_size`; its special tokens are `special_ids` (pad, cls, sep, mask), or
     follow the vocabulary. Raises UserError for anything that cannot be read.
@@ -52,6 +53,8 @@ def load_text(source, vocab_size=None, special_ids=None):
         raise UserError(f"--special-ids {special_ids} is for .bin files of tokens; --data {source} is read as bytes")
     if is_bin:
         tokens = read_tokens(Path(source), vocab_size)
+    elif source == "backcopy":
+        vocab_size, tokens = BACKCOPY_SYMBOLS, bigram_backcopy()
     else:
         vocab_size = 256
         tokens = np.frombuffer(stdlib_source() if source == "stdlib" else read_bytes(Path(source)), dtype=np.uint8)
@@ -71,10 +74,36 @@ def stdlib_source():
     return b"\n".join(path.read_bytes().replace(b"\r\n", b"\n") for path in paths)
 
 
+def bigram_backcopy(chains=16_384, length=256, triggers=3, seed=0):
+    """The Bigram-Backcopy task (Guo et al., "Active-Dormant Attention Heads"), uint8 (chains * length,).
+
+    Symbols are the most frequent bytes of the standard library, 0 the most frequent, and follow its
+    bigrams; but after one of the first `triggers` symbols comes a copy of the symbol before it. A
+    head that copies is needed after a trigger and must do nothing everywhere else.
+    """
+    source = np.frombuffer(stdlib_source(), dtype=np.uint8)
+    by_frequency = np.argsort(-np.bincount(source, minlength=256), kind="stable")
+    symbol = np.empty(256, dtype=np.uint8)
+    symbol[by_frequency] = np.arange(256)
+    symbols = symbol[source]
+    symbols = symbols[symbols < BACKCOPY_SYMBOLS].astype(np.int64)
+    pairs = np.bincount(symbols[:-1] * BACKCOPY_SYMBOLS + symbols[1:], minlength=BACKCOPY_SYMBOLS ** 2)
+    cumulative = pairs.reshape(BACKCOPY_SYMBOLS, -1).cumsum(axis=1) / pairs.reshape(BACKCOPY_SYMBOLS, -1).sum(axis=1)[:, None]
+
+    rng = np.random.default_rng(seed)
+    chain = np.empty((length, chains), dtype=np.uint8)
+    chain[0] = rng.integers(BACKCOPY_SYMBOLS, size=chains)
+    for t in range(1, length):  # all chains take a step at once
+        chain[t] = (cumulative[chain[t - 1]] < rng.random((chains, 1))).sum(axis=1)
+        if t > 1:
+            chain[t] = np.where(chain[t - 1] < triggers, chain[t - 2], chain[t])
+    return chain.T.reshape(-1)
+
+
 def read_bytes(path):
     """All bytes of a file, or of the files below a folder in the order of their names."""
     if not path.exists():
-        raise UserError(f"--data {path}: no such file or folder; 'stdlib' is built in")
+        raise UserError(f"--data {path}: no such file or folder; 'stdlib' and 'backcopy' are built in")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     try:
         text = b"\n".join(file.read_bytes() for file in files)
@@ -103,49 +132,59 @@ def read_tokens(path, vocab_size):
 
 # ---- batches ----
 
-class MaskedText:
-    """Sequences [CLS] + T-2 tokens + [SEP] with masked tokens to predict (Devlin et al.; paper, C.1)."""
+class Windows:
+    """Windows of a text: at random places for training, evenly spread and apart for validation.
 
-    def __init__(self, text, seq_len, mask_prob=0.15):
-        self.text, self.seq_len, self.mask_prob, self.sha256 = text, seq_len, mask_prob, text.sha256
-        self.window = seq_len - 2
-        if self.window < 1:
-            raise UserError(f"--seq-len {seq_len} leaves no room between [CLS] and [SEP]; expected at least 3")
-        self.specials = (text.pad, text.cls, text.sep, text.mask)
-        self.ordinary = np.setdiff1d(np.arange(text.vocab_size), self.specials)
+    A subclass sets `window`, their length, and turns them into (tokens, labels) with `sequences`.
+    """
+
+    def __init__(self, text, seq_len, window):
+        if window < 1:
+            raise UserError(f"--seq-len {seq_len} leaves no room beside the special tokens; expected at least 3")
         for name in ("train", "validation"):
-            if len(text.split(name)) < self.window:
+            if len(text.split(name)) < window:
                 raise UserError(f"--data: its {name} part has {len(text.split(name))} tokens, "
                                 f"fewer than one sequence of --seq-len {seq_len}")
+        self.text, self.seq_len, self.window, self.sha256 = text, seq_len, window, text.sha256
 
     def train_batch(self, seed, step, size):
-        """(tokens, labels), both (size, T): windows at random places, the same for the same (seed, step)."""
+        """(tokens, labels), int64 (size, T), always the same for the same (seed, step)."""
         rng = np.random.default_rng((seed, step))
         tokens = self.text.split("train")
-        return self.masked(tokens, rng.integers(len(tokens) - self.window + 1, size=size), rng)
+        return self.sequences(tokens, rng.integers(len(tokens) - self.window + 1, size=size), rng)
 
     def validation_batches(self, size, batches):
-        """Up to `batches` pairs (tokens, labels): evenly spread windows that do not overlap, masked always alike."""
+        """Up to `batches` pairs (tokens, labels), always the same, that do not overlap."""
         tokens = self.text.split("validation")
         available = len(tokens) // self.window
         chosen = np.linspace(0, available - 1, min(available, size * batches)).astype(int)
         for i in range(0, len(chosen), size):
-            yield self.masked(tokens, chosen[i:i + size] * self.window, np.random.default_rng((0, i)))
+            yield self.sequences(tokens, chosen[i:i + size] * self.window, np.random.default_rng((0, i)))
 
-    def masked(self, tokens, starts, rng):
+
+class MaskedText(Windows):
+    """Sequences [CLS] + T-2 tokens + [SEP] with masked tokens to predict (Devlin et al.; paper, C.1)."""
+
+    def __init__(self, text, seq_len, mask_prob=0.15):
+        super().__init__(text, seq_len, window=seq_len - 2)
+        self.mask_prob = mask_prob
+        self.specials = (text.pad, text.cls, text.sep, text.mask)
+        self.ordinary = np.setdiff1d(np.arange(text.vocab_size), self.specials)
+
+    def sequences(self, text, starts, rng):
         """Choose 15% of the tokens as labels; of these 80% become [MASK], 10% a random token, 10% stay."""
-        sequences = np.empty((len(starts), self.seq_len), dtype=np.int64)
-        sequences[:, 0], sequences[:, -1] = self.text.cls, self.text.sep
-        sequences[:, 1:-1] = tokens[starts[:, None] + np.arange(self.window)]
-        special = np.isin(sequences, self.specials)
+        tokens = np.empty((len(starts), self.seq_len), dtype=np.int64)
+        tokens[:, 0], tokens[:, -1] = self.text.cls, self.text.sep
+        tokens[:, 1:-1] = text[starts[:, None] + np.arange(self.window)]
+        special = np.isin(tokens, self.specials)
 
-        chosen = (rng.random(sequences.shape) < self.mask_prob) & ~special
-        labels = np.where(chosen, sequences, IGNORE)
-        fate = rng.random(sequences.shape)
-        sequences[chosen & (fate < 0.8)] = self.text.mask
+        chosen = (rng.random(tokens.shape) < self.mask_prob) & ~special
+        labels = np.where(chosen, tokens, IGNORE)
+        fate = rng.random(tokens.shape)
+        tokens[chosen & (fate < 0.8)] = self.text.mask
         replaced = chosen & (fate >= 0.9)
-        sequences[replaced] = rng.choice(self.ordinary, size=replaced.sum())
-        return sequences, labels
+        tokens[replaced] = rng.choice(self.ordinary, size=replaced.sum())
+        return tokens, labels
 
     @staticmethod
     def to_model(tokens, labels):
@@ -154,7 +193,26 @@ class MaskedText:
         return (torch.from_numpy(tokens), torch.from_numpy(positions)), torch.from_numpy(labels.reshape(-1)[positions])
 
 
+class CausalText(Windows):
+    """Sequences [CLS] + T-1 tokens whose labels are the T next tokens (paper, C.2)."""
+
+    def __init__(self, text, seq_len):
+        super().__init__(text, seq_len, window=seq_len)
+
+    def sequences(self, text, starts, rng):
+        labels = text[starts[:, None] + np.arange(self.window)].astype(np.int64)
+        tokens = np.concatenate((np.full((len(starts), 1), self.text.cls), labels[:, :-1]), axis=1)
+        return tokens, labels
+
+    @staticmethod
+    def to_model(tokens, labels):
+        """Arrays -> ((tokens,), targets), both (B, T)."""
+        return (torch.from_numpy(tokens),), torch.from_numpy(labels)
+
+
 def open_data(family, args):
     """The data of a run, from its arguments (a dict): an object with train_batch, validation_batches and to_model."""
     text = load_text(args["data"], args["vocab_size"], args["special_ids"])
-    return {"bert": lambda: MaskedText(text, args["seq_len"], args["mask_prob"])}[family]()
+    if family == "opt":
+        return CausalText(text, args["seq_len"])
+    return MaskedText(text, args["seq_len"], args["mask_prob"])

@@ -58,7 +58,7 @@ def add_size_flags(parser):
 
 def add_text_flags(parser):
     group = parser.add_argument_group("text")
-    group.add_argument("--data", help="'stdlib' (this Python's own source), a file or folder of text, or a .bin of uint16 tokens")
+    group.add_argument("--data", help="'stdlib' (this Python's own source), 'backcopy' (synthetic), a file or folder of text, or a .bin of uint16 tokens")
     group.add_argument("--vocab-size", type=positive, help="number of tokens in a .bin")
     group.add_argument("--special-ids", type=special_ids, metavar="PAD,CLS,SEP,MASK",
                        help="their ids in a .bin; by default they follow the vocabulary")
@@ -99,7 +99,7 @@ def add_run_flags(parser):
 
 
 # Flags that may be given anew when a run is resumed: they change nothing that the run computes.
-NOT_OF_THE_RUN = {"device", "compile", "out", "overwrite", "resume", "save_every"}
+NOT_OF_THE_RUN = {"device", "compile", "out", "overwrite", "resume", "save_every", "sample"}
 
 
 def read_flags(parser, defaults, presets, argv=None):

@@ -1,7 +1,7 @@
-"""Images as numbers, for the ViT: drawn by code, CIFAR-10, MNIST-style files, or an array on disk.
+"""Images as numbers, for the ViT: drawn by code, CIFAR-10, MNIST's files, or an array on disk.
 
-The sister of data.py: batch `step` of a run is a pure function of (seed, step). Shapes: N images
-(B in a batch) of H x W pixels and 3 channels, uint8 (N, H, W, 3) here and float (B, 3, H, W) in the model.
+The sister of data.py: batch `step` of a run is a pure function of (seed, step). Images are uint8
+(N, H, W, 3) until `to_model` makes them float (B, 3, H, W).
 """
 import hashlib
 import math
@@ -21,9 +21,8 @@ from minq.errors import UserError
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
 CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR10_CLASSES = 10
 CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then all red values, all green, all blue
-MOST_CLASSES = 2 ** 16            # a larger label in a file of unknown classes is taken for an error
+MOST_CLASSES = 2 ** 16            # where a file does not tell, a larger label is taken for an error
 VALIDATION_SHARE = 0.1            # of an array that comes without validation images
 
 
@@ -31,7 +30,7 @@ VALIDATION_SHARE = 0.1            # of an array that comes without validation im
 
 @dataclass
 class Part:
-    """Images (N, H, W, 3) uint8, in memory or on disk, and labels (N,) int64; only `rows` of them unless None."""
+    """Images (N, H, W, 3) uint8, in memory or on disk, and labels (N,) int64; only `rows` of them, unless None."""
     images: np.ndarray
     labels: np.ndarray
     rows: np.ndarray | None = None
@@ -47,7 +46,7 @@ class Part:
 
 @dataclass
 class ImageSource:
-    """Images for training and for validation, which never overlap."""
+    """Labelled images to train on and to validate with; they never overlap."""
     name: str
     train: Part
     validation: Part
@@ -66,18 +65,18 @@ def load_images(source):
         except OSError as error:
             raise UserError(f"--data {source}: cannot be read: {error.strerror}: {error.filename}") from None
     if not len(train) or not len(validation):
-        raise UserError(f"--data {source}: has {len(train)} training and {len(validation)} validation images; "
-                        "expected some of both")
+        raise UserError(f"--data {source}: has {len(train)} images to train on and {len(validation)} "
+                        "to validate with; expected some of both")
     if train.images.shape[1:] != validation.images.shape[1:]:
-        raise UserError(f"--data {source}: its training images have shape {train.images.shape[1:]}, "
-                        f"its validation images {validation.images.shape[1:]}; expected the same")
+        raise UserError(f"--data {source}: images to train on have shape {train.images.shape[1:]}, those "
+                        f"to validate with {validation.images.shape[1:]}; expected the same")
     return ImageSource(str(source), train, validation, classes, sha256_of(train, validation))
 
 
 def sha256_of(train, validation):
-    """The hash of the labels and images of both parts, read piece by piece: an array may exceed the memory."""
+    """The hash of all labels and images, read piece by piece: an array on disk may exceed the memory."""
     digest = hashlib.sha256()
-    for part in (train, validation) if validation.rows is None else (train,):  # with rows, both share one array
+    for part in (train, validation) if validation.rows is None else (train,):  # with rows, both hold the same array
         digest.update(part.labels)
         for start in range(0, len(part.images), 256):
             digest.update(np.ascontiguousarray(part.images[start:start + 256]))
@@ -101,7 +100,7 @@ def read_folder(folder):
 
 
 def read_cifar10(folder):
-    """CIFAR-10's binary layout: data_batch_*.bin to train on, test_batch.bin to validate."""
+    """CIFAR-10's binary layout: data_batch_*.bin to train on, test_batch.bin to validate with."""
     def part(paths):
         for path in paths:
             if path.stat().st_size % CIFAR10_RECORD:
@@ -109,90 +108,82 @@ def read_cifar10(folder):
                                 f"expected records of {CIFAR10_RECORD}")
         records = np.concatenate([np.fromfile(path, dtype=np.uint8) for path in paths]).reshape(-1, CIFAR10_RECORD)
         images = records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (N, 32, 32, 3)
-        return checked_part(folder, images, records[:, 0], CIFAR10_CLASSES)
+        return checked_part(folder, images, records[:, 0], most_classes=10)
 
-    return part(sorted(folder.glob("data_batch_*.bin"))), part([folder / "test_batch.bin"]), CIFAR10_CLASSES
+    return part(sorted(folder.glob("data_batch_*.bin"))), part([folder / "test_batch.bin"]), 10
 
 
 def read_arrays(folder):
-    """images.npy uint8 (N, H, W, 3), never read as a whole, and labels.npy: ImageNet at 224, for example.
+    """images.npy, uint8 (N, H, W, 3), which stays on disk, and labels.npy: the way for ImageNet at 224.
 
-    val_images.npy and val_labels.npy validate. Without them a tenth of the rows does, drawn at
-    random (always the same ones), because such arrays tend to be sorted by class.
+    val_images.npy and val_labels.npy are to validate with. Without them a tenth of the rows is,
+    chosen at random and always the same, because such arrays are often sorted by class.
     """
     def part(prefix):
-        images, labels = (open_npy(folder, f"{prefix}{name}.npy") for name in ("images", "labels"))
+        try:
+            images, labels = (np.lib.format.open_memmap(folder / f"{prefix}{name}.npy", mode="r")
+                              for name in ("images", "labels"))
+        except ValueError as error:
+            raise UserError(f"--data {folder}: {prefix}images.npy or {prefix}labels.npy is no array: {error}") from None
         return checked_part(folder, images, labels, MOST_CLASSES)
 
     train = part("")
-    if any((folder / f"val_{name}.npy").exists() for name in ("images", "labels")):
+    if any(folder.glob("val_*.npy")):
         validation = part("val_")
     else:
         rows = np.random.default_rng(0).permutation(len(train))
         boundary = int(len(rows) * (1 - VALIDATION_SHARE))
         validation = Part(train.images, train.labels, np.sort(rows[boundary:]))
         train = Part(train.images, train.labels, np.sort(rows[:boundary]))
-    return train, validation, number_of_classes(train, validation)
-
-
-def open_npy(folder, name):
-    try:
-        return np.lib.format.open_memmap(folder / name, mode="r")
-    except ValueError as error:
-        raise UserError(f"--data {folder}: {name} is no .npy array: {error}") from None
+    return train, validation, largest_label(train, validation) + 1
 
 
 def read_mnist(folder):
-    """MNIST's layout (also Fashion-MNIST's), unpacked; the grey value stands in for red, green and blue."""
+    """MNIST's layout (and Fashion-MNIST's), unpacked; its grey value serves as red, green and blue."""
     def part(prefix):
-        images = read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
+        grey = read_idx(folder, f"{prefix}-images-idx3-ubyte", dimensions=3)
         labels = read_idx(folder, f"{prefix}-labels-idx1-ubyte", dimensions=1)
-        colour = np.broadcast_to(images[..., None], (*images.shape, 3))  # a view
-        return checked_part(folder, colour, labels, MOST_CLASSES)
+        return checked_part(folder, np.broadcast_to(grey[..., None], (*grey.shape, 3)), labels, MOST_CLASSES)
 
     train, validation = part("train"), part("t10k")
-    return train, validation, number_of_classes(train, validation)
+    return train, validation, largest_label(train, validation) + 1
 
 
 def read_idx(folder, name, dimensions):
-    """An IDX file of bytes: 0x0800 + the number of dimensions and then each one (big-endian uint32), the values."""
-    content = np.fromfile(folder / name, dtype=np.uint8)
-    header, values = np.split(content, [4 + 4 * dimensions])
-    if header.size < 4 + 4 * dimensions or header.view(">u4")[0] != 0x0800 + dimensions:
+    """A file of big-endian uint32 (0x0800 + the number of dimensions, the size of each), then uint8 values."""
+    header, values = np.split(np.fromfile(folder / name, dtype=np.uint8), [4 + 4 * dimensions])
+    if header.size != 4 + 4 * dimensions or header.view(">u4")[0] != 0x0800 + dimensions:
         raise UserError(f"--data {folder}: {name} does not start with {0x0800 + dimensions:#010x} and "
                         f"{dimensions} sizes; expected an unpacked IDX file")
-    shape = tuple(int(size) for size in header.view(">u4")[1:])
-    if math.prod(shape) != values.size:
-        raise UserError(f"--data {folder}: {name} holds {values.size} values; expected {math.prod(shape)}, "
-                        f"the product of its sizes {shape}")
+    shape = header.view(">u4")[1:].tolist()
+    if values.size != math.prod(shape):
+        raise UserError(f"--data {folder}: {name} holds {values.size} values; its header says {shape}")
     return values.reshape(shape)
 
 
 def checked_part(folder, images, labels, most_classes):
-    """A Part, if images and labels are what its fields promise."""
+    """A Part, if images and labels are what its fields promise and the images are square."""
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
-        raise UserError(f"--data {folder}: its images are {images.dtype} of shape {images.shape}; "
+        raise UserError(f"--data {folder}: images are {images.dtype} of shape {images.shape}; "
                         "expected uint8 of shape (N, H, H, 3)")
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
-        raise UserError(f"--data {folder}: its labels are {labels.dtype} of shape {labels.shape}; "
-                        f"expected {len(images)} integers, one an image")
-    labels = labels.astype(np.int64)
-    if labels.size and (labels.min() < 0 or labels.max() >= most_classes):
-        raise UserError(f"--data {folder}: its labels run from {labels.min()} to {labels.max()}; "
+        raise UserError(f"--data {folder}: labels are {labels.dtype} of shape {labels.shape}; "
+                        f"expected integers of shape ({len(images)},), one an image")
+    part = Part(images, np.array(labels, dtype=np.int64))
+    if len(part) and (part.labels.min() < 0 or part.labels.max() >= most_classes):
+        raise UserError(f"--data {folder}: labels run from {part.labels.min()} to {part.labels.max()}; "
                         f"expected 0 to {most_classes - 1} at most")
-    return Part(images, labels)
+    return part
 
 
-def number_of_classes(*parts):
-    return 1 + max(int(part.labels.max(initial=0)) for part in parts)
+def largest_label(train, validation):
+    return int(max(train.labels.max(initial=0), validation.labels.max(initial=0)))
 
-
-# ---- CIFAR-10 from the net ----
 
 def cifar10_folder():
-    """The folder of CIFAR-10's binary files, in the cache; the first call downloads them."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minq"
-    folder = cache / "cifar-10-batches-bin"  # its name in the archive, too
+    """The folder of CIFAR-10's files in the cache; the first call downloads them."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minq")
+    folder = cache / "cifar-10-batches-bin"  # as the archive names it
     if folder.exists():
         return folder
     print(f"downloading {CIFAR10_URL} (170 MB) to {cache}", flush=True)
@@ -207,10 +198,10 @@ def cifar10_folder():
             if md5 != CIFAR10_MD5:
                 raise UserError(f"--data cifar10: {CIFAR10_URL} has the MD5 {md5}; expected {CIFAR10_MD5}")
             with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")  # refuses paths that lead out of the folder
+                tar.extractall(scratch, filter="data")  # refuses paths that lead elsewhere
             os.replace(Path(scratch, folder.name), folder)  # complete, or not there at all
     except (OSError, HTTPException, tarfile.TarError) as error:
-        if not folder.exists():  # unless another process was faster
+        if not folder.exists():  # it does if another process was faster
             raise UserError(f"--data cifar10: cannot be fetched from {CIFAR10_URL} to {cache}: {error}") from None
     return folder
 
@@ -222,13 +213,14 @@ def radius(x, y):
 
 
 def sides(x, y, n):
-    """How far a point lies towards each side of a regular polygon, (n, ...): their maximum draws the polygon."""
+    """How far a point lies towards each side of a regular polygon: (n, ...). Their maximum draws the polygon."""
     angles = [2 * math.pi * k / n for k in range(n)]
     return np.stack([x * math.sin(angle) + y * math.cos(angle) for angle in angles])
 
 
-# Negative inside, positive outside, about the distance to the edge. All have the area 2, so that
-# neither the colours nor their amounts tell the class, and lie within EXTENT of their centre.
+# About the distance to the edge, negative inside. Each lies within EXTENT of its centre, and each
+# has the area 2: how much there is of a colour must not tell the class.
+EXTENT = 1.42
 SHAPES = {
     "circle": lambda x, y: radius(x, y) - 0.8,
     "ring": lambda x, y: abs(radius(x, y) - 0.8) - 0.2,
@@ -236,20 +228,19 @@ SHAPES = {
     "heart": lambda x, y: radius(x, y + 0.48 - 0.9 * np.sqrt(abs(x))) - 0.8,
     "triangle": lambda x, y: sides(x, y, 3).max(axis=0) - 0.62,
     "square": lambda x, y: sides(x, y, 4).max(axis=0) - 0.71,
-    "star": lambda x, y: np.sort(sides(x, y, 5), axis=0)[-2] - 0.412,  # beyond one side at most
+    "star": lambda x, y: np.sort(sides(x, y, 5), axis=0)[-2] - 0.412,  # a point may lie beyond one side
     "plus": lambda x, y: np.maximum(np.minimum(abs(x), abs(y)) - 0.29, np.maximum(abs(x), abs(y)) - 1.0),
     "bow tie": lambda x, y: np.maximum(0.71 * (abs(y) - abs(x)), abs(x) - 1.0),
     "arrow": lambda x, y: np.minimum(sides(x, y + 0.4, 3).max(axis=0) - 0.5,
                                      np.maximum(abs(x) - 0.3, abs(y - 0.65) - 0.6)),
 }
-EXTENT = 1.42
 
 
 def draw_shapes(count, seed, size=32):
-    """A Part of `count` images, each of one shape at a random place, size and angle, in random colours.
+    """A Part of `count` images: one shape each, its place, size, angle and colours at random, its class in turn.
 
-    Pixels see only float32 operations that are rounded alike on every machine (no sines), so
-    that the images, and their hash, are the same everywhere.
+    Pixels go only through float32 operations that every machine rounds alike, no sines among
+    them, so that the images and their hash are the same everywhere.
     """
     rng = np.random.default_rng(seed)
 
@@ -262,27 +253,28 @@ def draw_shapes(count, seed, size=32):
     for label, shape in enumerate(SHAPES.values()):
         rows = np.flatnonzero(labels == label)
         n = len(rows)
-        unit = uniform(0.18 * size, 0.28 * size, n, 1, 1)  # in pixels
+        unit = uniform(0.2 * size, 0.3 * size, n, 1, 1)  # in pixels
         centre_x, centre_y = uniform(-1, 1, 2, n, 1, 1) * (size / 2 - EXTENT * unit)
         angle = rng.uniform(0, 2 * math.pi, (n, 1, 1))
         cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        x, y = pixels[None, :] - centre_x, pixels[:, None] - centre_y  # (n, 1, W), (n, H, 1)
+        x, y = pixels - centre_x, pixels[:, None] - centre_y  # (n, 1, W), (n, H, 1)
         x, y = (cosine * x + sine * y) / unit, (cosine * y - sine * x) / unit  # (n, H, W)
         inside = (0.5 - unit * shape(x, y)).clip(0, 1)  # the share of a pixel that the shape covers, (n, H, W)
 
-        background = uniform(0, 1, n, 3, 1, 1)
-        colour = (background + uniform(0.3, 0.7, n, 3, 1, 1)) % 1  # as random, but never close to it
-        light = (uniform(-0.3, 0.3, n, 1, 1) * pixels[:, None] + uniform(-0.3, 0.3, n, 1, 1) * pixels) / size
-        noise = rng.random((n, 3, size, size), dtype=np.float32) - 0.5
-        image = background + inside[:, None] * (colour - background) + light[:, None] + 0.2 * noise  # (n, 3, H, W)
-        images[rows] = (255 * (0.1 + 0.8 * image).clip(0, 1) + 0.5).transpose(0, 2, 3, 1)
+        # Brighter than the background: with darker ones among them a small ViT stays at chance much longer.
+        background = uniform(0.0, 0.45, n, 3, 1, 1)
+        contrast = uniform(0.3, 0.55, n, 3, 1, 1)
+        light = (uniform(-0.15, 0.15, n, 1, 1) * pixels + uniform(-0.15, 0.15, n, 1, 1) * pixels[:, None]) / size
+        noise = 0.2 * (rng.random((n, 3, size, size), dtype=np.float32) - 0.5)
+        image = background + contrast * inside[:, None] + light[:, None] + noise  # (n, 3, H, W)
+        images[rows] = (255 * image.clip(0, 1) + 0.5).transpose(0, 2, 3, 1)
     return Part(images, labels)
 
 
 # ---- batches ----
 
 class Images:
-    """Batches of labelled images, uint8; `to_model` makes them floats. The model normalizes them itself."""
+    """Batches of labelled images, uint8; `to_model` makes them floats. The model itself normalizes them."""
 
     def __init__(self, source):
         self.source, self.classes, self.sha256 = source, source.classes, source.sha256
@@ -302,5 +294,5 @@ class Images:
 
     @staticmethod
     def to_model(images, labels):
-        """Arrays -> ((float images (B, 3, H, W) from 0 to 1,), labels (B,))."""
+        """Arrays -> ((images (B, 3, H, W) from 0 to 1,), labels (B,)), floats and int64."""
         return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255,), torch.from_numpy(labels)

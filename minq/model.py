@@ -49,6 +49,34 @@ class BertConfig(Config):
     positions: str = "normal"  # or "sinusoid"
 
 
+@dataclass
+class OptConfig(Config):
+    """Defaults of OPT (Zhang et al.; paper, C.2): pre-LN, causal, ReLU."""
+    pre_norm: bool = True
+    causal: bool = True
+    activation: str = "relu"
+    norm_eps: float = 1e-5
+    init_std: float = 0.006
+    vocab_size: int = 260
+
+
+@dataclass
+class ViTConfig(Config):
+    """Defaults of ViT (Dosovitskiy et al.; paper, C.3): pre-LN, GELU. T is one more than the patches: [CLS]."""
+    pre_norm: bool = True
+    norm_eps: float = 1e-6
+    image_size: int = 32
+    patch_size: int = 4
+    classes: int = 10
+    patch_layernorm: bool = False  # a LayerNorm after the patch embedding (Table 6)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.image_size % self.patch_size:
+            raise UserError(f"--patch-size {self.patch_size} does not divide the images' {self.image_size} pixels")
+        self.seq_len = 1 + (self.image_size // self.patch_size) ** 2
+
+
 # ---- the block ----
 
 class Block(nn.Module):
@@ -148,14 +176,92 @@ class MaskedHead(nn.Module):
         return self.decoder(self.norm(F.gelu(self.transform(x))))
 
 
+# ---- OPT ----
+
+class Opt(nn.Module):
+    """OPT for causal language modelling, pre-LN, with a final LayerNorm and a tied output layer."""
+
+    float_modules = ("decoder",)  # stays in floating point when the rest is quantized (sec. 5)
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
+        self.position_embedding = nn.Embedding(config.seq_len, config.width)
+        self.embedding_sum_tap = Tap()
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.final_norm_tap = Tap()
+        self.decoder = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.decoder.weight = self.token_embedding.weight
+        initialize(self, config.init_std)
+
+    def forward(self, tokens):
+        """tokens (B, T) -> logits of each next token (B, T, vocab)"""
+        T = tokens.shape[1]
+        x = self.embedding_sum_tap(self.token_embedding(tokens) + self.position_embedding.weight[:T])  # (B, T, width)
+        for layer in self.layers:
+            x = layer(x)
+        return self.decoder(self.final_norm_tap(self.final_norm(x)))
+
+
+# ---- ViT ----
+
+class ViT(nn.Module):
+    """A vision transformer, pre-LN; the class is read off the [CLS] token. All of it is quantized."""
+
+    float_modules = ()
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.patch_size = config.patch_size
+        self.patch_embedding = nn.Linear(3 * config.patch_size ** 2, config.width)
+        self.patch_embedding_tap = Tap()
+        self.patch_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.patch_layernorm else None
+        self.patch_norm_tap = Tap() if config.patch_layernorm else None
+        self.cls_embedding = nn.Embedding(1, config.width)
+        self.position_embedding = nn.Embedding(config.seq_len, config.width)
+        self.embedding_sum_tap = Tap()
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.final_norm_tap = Tap()
+        self.head = nn.Linear(config.width, config.classes)
+        initialize(self, config.init_std, truncated=True)
+
+    def forward(self, images):
+        """images (B, 3, H, W) in [0, 1] -> logits (B, classes)"""
+        x = self.patch_embedding_tap(self.patch_embedding(self.patches(2 * images - 1)))  # (B, patches, width)
+        if self.patch_norm is not None:
+            x = self.patch_norm_tap(self.patch_norm(x))
+        cls = self.cls_embedding.weight.to(x.dtype).expand(len(x), 1, -1)
+        x = torch.cat((cls, x), dim=1) + self.position_embedding.weight  # (B, T, width)
+        x = self.dropout(self.embedding_sum_tap(x))
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.final_norm_tap(self.final_norm(x[:, 0])))
+
+    def patches(self, images):
+        """(B, 3, H, W) -> (B, patches, 3 * patch_size^2), row by row"""
+        size = self.patch_size
+        x = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, size, columns, size)
+        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
 # ---- initialization ----
 
-def initialize(model, std):
-    """Normal(0, std) for every Linear and Embedding, zero biases; gates keep their own (sec. 5.3)."""
+def initialize(model, std, truncated=False):
+    """Normal(0, std) for every Linear and Embedding, zero biases; gates keep their own (sec. 5.3).
+
+    `truncated` cuts the normal at two standard deviations (ViT)."""
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            nn.init.normal_(module.weight, std=std)
-        if isinstance(module, nn.Linear):
+            if truncated:
+                nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+            else:
+                nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 
@@ -170,7 +276,7 @@ def sinusoids(length, width, rms):
 
 # ---- from a checkpoint ----
 
-FAMILIES = {"bert": (Bert, BertConfig)}
+FAMILIES = {"bert": (Bert, BertConfig), "opt": (Opt, OptConfig), "vit": (ViT, ViTConfig)}
 
 
 def from_checkpoint(checkpoint, name):

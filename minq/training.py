@@ -129,7 +129,7 @@ def evaluate(model, batches, device):
     loss = correct = count = 0
     for batch in batches:
         inputs, targets = to_device(batch, device)
-        logits = model(*inputs).float()
+        logits, targets = model(*inputs).float().flatten(0, -2), targets.flatten()
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         correct += (logits.argmax(dim=-1) == targets).sum().item()
         count += targets.numel()
