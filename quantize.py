@@ -7,6 +7,7 @@
 import copy
 import json
 import statistics
+from itertools import starmap
 from pathlib import Path
 
 import torch
@@ -69,11 +70,11 @@ def main(argv=None):
         metric = METRIC[checkpoint["family"]]
         sign = -1 if metric == "accuracy" else 1  # of "smaller is better"
         eval_batches = args.eval_batches or checkpoint["args"]["eval_batches"]
-        validation = [data.to_model(*batch) for batch in data.validation_batches(batch_size, eval_batches)]
+        validation = lambda: starmap(data.to_model, data.validation_batches(batch_size, eval_batches))
 
         # ---- floating point ----
         with watch(model) as outliers:
-            floating = evaluate(model, validation, device)[metric]
+            floating = evaluate(model, validation(), device)[metric]
 
         # ---- quantized ----
         quantized = {}
@@ -90,7 +91,7 @@ def main(argv=None):
                             inputs, _ = to_device(data.to_model(*batch), device)
                             quantized_model(*inputs)
                     with parametrize.cached():
-                        scores.append(evaluate(quantized_model, validation, device)[metric])
+                        scores.append(evaluate(quantized_model, validation(), device)[metric])
                     progress.update()
             best = min(tried, key=lambda pair: sign * statistics.mean(tried[pair]))
             quantized[f"{w_bits}x{a_bits}"] = mean_and_std(tried[best]) | {"estimators": best}

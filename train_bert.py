@@ -7,6 +7,7 @@
 """
 import time
 from dataclasses import asdict
+from itertools import starmap
 
 import torch
 import torch.nn.functional as F
@@ -69,7 +70,6 @@ def main(argv=None):
     # ---- data ----
     text = load_text(args.data, args.vocab_size, args.special_ids)
     data = MaskedText(text, args.seq_len, args.mask_prob)
-    validation = [data.to_model(*batch) for batch in data.validation_batches(args.batch_size, args.eval_batches)]
 
     # ---- model ----
     torch.manual_seed(args.seed)
@@ -136,10 +136,11 @@ def main(argv=None):
 
             progress.update()
             if step % 20 == 0:
-                show(progress, step_loss, tokens.size)
+                show(progress, step_loss, tokens.size, "tokens")
             if step % args.eval_every == 0 or step == args.steps:
                 with watch(model) as outliers:
-                    scores = evaluate(model, validation, device)
+                    batches = data.validation_batches(args.batch_size, args.eval_batches)
+                    scores = evaluate(model, starmap(data.to_model, batches), device)
                 if rank == 0:
                     run.log(step=step, loss=train_loss.item() / ((step - 1) % args.eval_every + 1), lr=lr,
                             val_loss=scores["loss"], perplexity=scores["perplexity"], **outliers.mean)

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from minq.errors import UserError
+from minq.images import Images, load_images
 
 IGNORE = -100            # a label that is not predicted (cross_entropy's default)
 VALIDATION_SHARE = 0.1   # the last tenth of a text
@@ -210,9 +211,15 @@ class CausalText(Windows):
         return (torch.from_numpy(tokens),), torch.from_numpy(labels)
 
 
+# ---- a run's data ----
+
 def open_data(family, args):
-    """The data of a run, from its arguments (a dict): an object with train_batch, validation_batches and to_model."""
+    """The data of a run of `family`, from its arguments (a dict).
+
+    Whatever the family: an object with `sha256`, train_batch(seed, step, size) and
+    validation_batches(size, batches), which give arrays, and to_model(*arrays) -> (inputs, targets).
+    """
+    if family == "vit":
+        return Images(load_images(args["data"]), args["image_size"])
     text = load_text(args["data"], args["vocab_size"], args["special_ids"])
-    if family == "opt":
-        return CausalText(text, args["seq_len"])
-    return MaskedText(text, args["seq_len"], args["mask_prob"])
+    return CausalText(text, args["seq_len"]) if family == "opt" else MaskedText(text, args["seq_len"], args["mask_prob"])

@@ -48,12 +48,13 @@ def add_attention_flags(parser):
     group.add_argument("--gate-init", type=number(float, above=0, below=1), help="pi_init, how open gates start (sec. 5.3)")
 
 
-def add_size_flags(parser):
+def add_size_flags(parser, seq_len=True):
     group = parser.add_argument_group("size")
     group.add_argument("--layers", type=positive, help="number of blocks")
     group.add_argument("--width", type=positive, help="hidden dimensions, d_model")
     group.add_argument("--heads", type=positive, help="attention heads per layer; divides --width")
-    group.add_argument("--seq-len", type=positive, help="T, tokens per sequence")
+    if seq_len:
+        group.add_argument("--seq-len", type=positive, help="T, tokens per sequence")
 
 
 def add_text_flags(parser):
@@ -113,6 +114,13 @@ def read_flags(parser, defaults, presets, argv=None):
     unset = dict.fromkeys(vars(parser.parse_args([])), None)
     args = argparse.Namespace(**unset | {"preset": next(iter(presets))} | defaults | preset | typed)
     return args, typed
+
+
+def steps_of(args, typed, steps_per_epoch):
+    """The number of steps that --steps or --epochs ask for."""
+    if "steps" in typed and "epochs" in typed:
+        raise UserError(f"--steps {args.steps} and --epochs {args.epochs} both set the length; give one of them")
+    return args.steps if "steps" in typed or args.epochs is None else args.epochs * steps_per_epoch
 
 
 def settle_attention(args, typed, seq_len):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minq.augment import centre_crop
 from minq.errors import UserError
 
 CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
@@ -274,16 +275,22 @@ def draw_shapes(count, seed, size=32):
 # ---- batches ----
 
 class Images:
-    """Batches of labelled images, uint8; `to_model` makes them floats. The model itself normalizes them."""
+    """Batches of labelled images, uint8; `to_model` makes them floats. The model itself normalizes them.
 
-    def __init__(self, source):
+    `image_size` is what the model sees; images of another size are resized and cropped (C.3).
+    """
+
+    def __init__(self, source, image_size=None):
         self.source, self.classes, self.sha256 = source, source.classes, source.sha256
-        self.image_size = source.train.images.shape[1]
+        self.image_size = image_size or source.train.images.shape[1]
+
+    def train_rows(self, seed, step, size):
+        """Which images batch `step` holds, (size,), drawn at random: the same for the same (seed, step)."""
+        return np.random.default_rng((seed, step)).integers(len(self.source.train), size=size)
 
     def train_batch(self, seed, step, size):
-        """(images (size, H, W, 3), labels (size,)), drawn at random, the same for the same (seed, step)."""
-        rng = np.random.default_rng((seed, step))
-        return self.source.train.take(rng.integers(len(self.source.train), size=size))
+        """(images (size, H, W, 3), labels (size,)), as they are on disk."""
+        return self.source.train.take(self.train_rows(seed, step, size))
 
     def validation_batches(self, size, batches):
         """Up to `batches` pairs (images, labels): always the same images, evenly spread, none twice."""
@@ -293,6 +300,11 @@ class Images:
             yield self.source.validation.take(chosen[i:i + size])
 
     @staticmethod
-    def to_model(images, labels):
-        """Arrays -> ((images (B, 3, H, W) from 0 to 1,), labels (B,)), floats and int64."""
-        return (torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255,), torch.from_numpy(labels)
+    def to_float(images, labels):
+        """Arrays -> (images (B, 3, H, W) from 0 to 1, labels (B,)), floats and int64."""
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)
+
+    def to_model(self, images, labels):
+        """Arrays -> ((images (B, 3, image_size, image_size),), labels (B,)), cropped as for evaluation."""
+        images, labels = self.to_float(images, labels)
+        return (centre_crop(images, self.image_size),), labels

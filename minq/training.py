@@ -25,6 +25,14 @@ def linear_schedule(step, warmup, steps):
     return max(0.0, (steps - step) / max(1, steps - warmup))
 
 
+def cosine_schedule(step, warmup, steps, first=1e-3, last=1e-2):
+    """From `first` to 1 over `warmup` steps, then along a cosine to `last` at `steps` (C.3: 1e-6, 1e-3, 1e-5)."""
+    if step < warmup:
+        return first + (1 - first) * step / warmup
+    progress = (step - warmup) / max(1, steps - warmup)
+    return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
+
+
 # ---- optimizer ----
 
 def parameter_groups(model, weight_decay, decay_layernorm=False):
@@ -210,10 +218,10 @@ def require_same_data(source, sha256, checkpoint):
 
 # ---- what a person sees ----
 
-def show(progress, loss, values):
-    """Put the loss and the throughput, `values` a step, on the progress bar."""
+def show(progress, loss, count, unit):
+    """Put the loss and the throughput, `count` of `unit` a step, on the progress bar."""
     rate = progress.format_dict["rate"] or 0.0
-    progress.set_postfix_str(f"loss {loss.item():.3f}, {rate * values:,.0f} tok/s", refresh=False)
+    progress.set_postfix_str(f"loss {loss.item():.3f}, {rate * count:,.0f} {unit}/s", refresh=False)
 
 
 def summary(run):
