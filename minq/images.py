@@ -194,8 +194,7 @@ def cifar10_folder():
             archive = Path(scratch, "archive.tar.gz")
             with urllib.request.urlopen(CIFAR10_URL, timeout=60) as remote, open(archive, "wb") as file:
                 shutil.copyfileobj(remote, file)
-            with open(archive, "rb") as file:
-                md5 = hashlib.file_digest(file, "md5").hexdigest()
+            md5 = hashlib.md5(archive.read_bytes()).hexdigest()
             if md5 != CIFAR10_MD5:
                 raise UserError(f"--data cifar10: {CIFAR10_URL} has the MD5 {md5}; expected {CIFAR10_MD5}")
             with tarfile.open(archive) as tar:

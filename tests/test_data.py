@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from minq.data import IGNORE, MaskedText, load_text
+from minq.data import BACKCOPY_SYMBOLS, IGNORE, CausalText, MaskedText, bigram_backcopy, load_text
 from minq.errors import UserError
 from minq.training import micro_batches
 
@@ -94,6 +94,25 @@ def test_model_inputs_are_the_masked_positions_only(text):
     assert torch.equal(inputs, torch.from_numpy(tokens))
     assert torch.equal(torch.from_numpy(labels).flatten()[positions], targets) and (targets != IGNORE).all()
     assert len(positions) == (labels != IGNORE).sum()
+
+
+def test_causal_labels_are_the_next_tokens(text):
+    data = CausalText(text, 16)
+    tokens, labels = data.train_batch(0, 0, 8)
+    assert tokens.shape == labels.shape == (8, 16) and (tokens[:, 0] == text.cls).all()
+    assert np.array_equal(tokens[:, 1:], labels[:, :-1])
+    train = text.split("train").tobytes()
+    assert all(row.astype(np.uint8).tobytes() in train for row in labels)
+
+
+def test_backcopy_follows_bigrams_and_copies_after_triggers():
+    chains = bigram_backcopy(chains=2000, length=50).reshape(2000, 50)
+    after_trigger = chains[:, 1:-1] < 3
+    assert np.array_equal(chains[:, 2:][after_trigger], chains[:, :-2][after_trigger])
+    assert chains.max() < BACKCOPY_SYMBOLS and 0.1 < after_trigger.mean() < 0.9
+    copied_by_chance = (chains[:, 2:] == chains[:, :-2])[~after_trigger].mean()
+    assert copied_by_chance < 0.3
+    assert np.array_equal(bigram_backcopy(chains=20, length=50), bigram_backcopy(chains=20, length=50))
 
 
 @pytest.mark.parametrize("accumulate, world", [(1, 1), (4, 1), (1, 4), (2, 2)])

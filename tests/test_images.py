@@ -1,5 +1,6 @@
 """Image sources, their errors, and batches. Every file is made here and tiny."""
 import hashlib
+import os
 import struct
 import tarfile
 
@@ -30,9 +31,9 @@ def make_cifar(folder, train_files=2):
 def make_arrays(folder, count=40, size=6, prefix="", labels=None):
     """Image i is filled with i; labels are sorted by class."""
     folder.mkdir(exist_ok=True)
-    values = np.arange(count, dtype=np.uint8)[:, None, None, None]
+    values = np.arange(count).astype(np.uint8)[:, None, None, None]
     np.save(folder / f"{prefix}images.npy", np.broadcast_to(values, (count, size, size, 3)))
-    np.save(folder / f"{prefix}labels.npy", np.arange(count) // 10 if labels is None else labels)
+    np.save(folder / f"{prefix}labels.npy", np.arange(count, dtype=np.uint8) // 10 if labels is None else labels)
     return folder
 
 
@@ -108,63 +109,82 @@ def test_mnist_layout(tmp_path):
     assert len(source.validation) == 2
 
 
-@pytest.mark.parametrize("make", [make_cifar, make_arrays, make_mnist])
-def test_hash_sees_every_label_and_pixel(tmp_path, make):
-    first = load_images(make(tmp_path / "data")).sha256
-    assert load_images(make(tmp_path / "copy")).sha256 == first
-    for file in (tmp_path / "data").iterdir():
-        content = file.read_bytes()
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # the last byte of labels.npy is a high one
-        try:
-            assert load_images(tmp_path / "data").sha256 != first, file.name
-        except UserError as error:
-            assert "labels run" in str(error)
-        file.write_bytes(content)
-    assert load_images(tmp_path / "data").sha256 == first
+@pytest.mark.parametrize("make, places", [(make_cifar, (0, -1)), (make_arrays, (-1,)), (make_mnist, (-1,))])
+def test_the_hash_sees_labels_and_pixels(tmp_path, make, places):
+    folder = make(tmp_path / "data")
+    sha256 = load_images(folder).sha256
+    assert load_images(make(tmp_path / "copy")).sha256 == sha256
+    for file in folder.iterdir():
+        for place in places:  # CIFAR-10's first byte is a label, its last a pixel
+            content = bytearray(file.read_bytes())
+            content[place] ^= 1
+            good = file.read_bytes()
+            file.write_bytes(content)
+            assert load_images(folder).sha256 != sha256, (file.name, place)
+            file.write_bytes(good)
 
 
 def test_hash_does_not_depend_on_pieces(tmp_path):
-    source = load_images(make_arrays(tmp_path, count=250 + 50, labels=np.zeros(300, dtype=int)))
+    source = load_images(make_arrays(tmp_path, count=300, labels=zeros(300)))  # pieces of 256
     pixels = np.load(tmp_path / "images.npy")
     assert source.sha256 == hashlib.sha256(bytes(8 * 300) + pixels.tobytes()).hexdigest()
 
 
 # ---- what is refused ----
 
-def save(path, array):
-    np.save(path, array)
+def spoiled(make, name, content):
+    """A function that makes a good folder and then replaces one file of it; None removes the file."""
+    def spoil(folder):
+        make(folder)
+        if content is None:
+            (folder / name).unlink()
+        elif isinstance(content, bytes):
+            (folder / name).write_bytes(content)
+        else:
+            np.save(folder / name, content)
+    return spoil
+
+
+def zeros(*shape, dtype=np.uint8):
+    return np.zeros(shape, dtype)
 
 
 BAD = {
-    "missing": (lambda f: None, "no such folder"),
-    "nothing in it": (lambda f: f.mkdir(), "expected data_batch"),
-    "a file": (lambda f: f.write_bytes(b"x"), "no such folder"),
-    "cifar cut short": (lambda f: (make_cifar(f) / "data_batch_2.bin").write_bytes(bytes(3072)), "data_batch_2.bin has 3072"),
-    "cifar label": (lambda f: (make_cifar(f) / "test_batch.bin").write_bytes(cifar_record(10, 0, 0, 0)), "labels run"),
-    "cifar without test": (lambda f: (make_cifar(f) / "test_batch.bin").unlink(), "test_batch.bin"),
-    "cifar empty": (lambda f: (make_cifar(f) / "test_batch.bin").write_bytes(b""), "0 to validate"),
-    "arrays of different length": (lambda f: make_arrays(f, labels=np.zeros(39, dtype=int)), "40"),
-    "arrays without labels": (lambda f: (make_arrays(f) / "labels.npy").unlink(), "labels.npy"),
-    "arrays, validation labels only": (lambda f: save(make_arrays(f) / "val_labels.npy", np.zeros(2, int)), "val_images.npy"),
-    "arrays of floats": (lambda f: save(make_arrays(f) / "images.npy", np.zeros((40, 6, 6, 3))), "float64"),
-    "arrays, channels first": (lambda f: save(make_arrays(f) / "images.npy", np.zeros((40, 3, 6, 6), np.uint8)), "(40, 3, 6, 6)"),
-    "arrays, grey": (lambda f: save(make_arrays(f) / "images.npy", np.zeros((40, 6, 6), np.uint8)), "(40, 6, 6)"),
-    "arrays, not square": (lambda f: save(make_arrays(f) / "images.npy", np.zeros((40, 6, 8, 3), np.uint8)), "(40, 6, 8, 3)"),
-    "arrays, validation of another size": (lambda f: make_arrays(make_arrays(f), count=5, size=8, prefix="val_"), "(8, 8, 3)"),
-    "arrays, negative label": (lambda f: make_arrays(f, labels=np.arange(40) - 1), "from -1"),
-    "arrays, enormous label": (lambda f: make_arrays(f, labels=np.arange(40) * 10_000), "390000"),
-    "arrays, float labels": (lambda f: make_arrays(f, labels=np.zeros(40)), "float64"),
-    "arrays, one-hot labels": (lambda f: make_arrays(f, labels=np.zeros((40, 4), dtype=int)), "(40, 4)"),
-    "arrays, not npy": (lambda f: (make_arrays(f) / "images.npy").write_bytes(b"PK not an array"), "images.npy"),
-    "arrays cut short": (lambda f: (make_arrays(f) / "images.npy").write_bytes((f / "images.npy").read_bytes()[:-1]), "images.npy"),
-    "arrays of objects": (lambda f: save(make_arrays(f) / "labels.npy", np.array([{}] * 40)), "labels.npy"),
-    "arrays, empty": (lambda f: make_arrays(f, count=0), "--data"),
-    "idx magic": (lambda f: (make_mnist(f) / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros((5, 1), np.uint8))), "0x00000801"),
-    "idx little-endian": (lambda f: (make_mnist(f) / "train-images-idx3-ubyte").write_bytes(struct.pack("<4I", 0x803, 1, 4, 4) + bytes(16)), "0x00000803"),
-    "idx cut short": (lambda f: (make_mnist(f) / "t10k-images-idx3-ubyte").write_bytes(idx(np.zeros((2, 4, 4), np.uint8))[:-1]), "31 values"),
-    "idx without values": (lambda f: (make_mnist(f) / "train-images-idx3-ubyte").write_bytes(b"\0\0\x08"), "0x00000803"),
-    "idx of different length": (lambda f: (make_mnist(f) / "train-labels-idx1-ubyte").write_bytes(idx(np.zeros(4, np.uint8))), "(4,)"),
-    "idx empty": (lambda f: make_mnist(f, count=0), "0 images"),
+    "missing": (lambda folder: None, "no such folder"),
+    "a file": (lambda folder: folder.write_bytes(b"x"), "no such folder"),
+    "nothing in it": (lambda folder: folder.mkdir(), "expected data_batch"),
+
+    "cifar, cut short": (spoiled(make_cifar, "data_batch_2.bin", bytes(3072)), "data_batch_2.bin has 3072 bytes"),
+    "cifar, label 10": (spoiled(make_cifar, "test_batch.bin", cifar_record(10, 0, 0, 0)), "run from 10 to 10"),
+    "cifar, no test": (spoiled(make_cifar, "test_batch.bin", None), "test_batch.bin"),
+    "cifar, empty": (spoiled(make_cifar, "test_batch.bin", b""), "0 to validate"),
+
+    "arrays, no labels": (spoiled(make_arrays, "labels.npy", None), "labels.npy"),
+    "arrays, lengths": (spoiled(make_arrays, "labels.npy", zeros(39)), "(39,); expected integers of shape (40,)"),
+    "arrays, floats": (spoiled(make_arrays, "images.npy", zeros(40, 6, 6, 3, dtype=float)), "float64"),
+    "arrays, channels first": (spoiled(make_arrays, "images.npy", zeros(40, 3, 6, 6)), "(40, 3, 6, 6)"),
+    "arrays, grey": (spoiled(make_arrays, "images.npy", zeros(40, 6, 6)), "(40, 6, 6)"),
+    "arrays, not square": (spoiled(make_arrays, "images.npy", zeros(40, 6, 8, 3)), "(40, 6, 8, 3)"),
+    "arrays, float labels": (spoiled(make_arrays, "labels.npy", zeros(40, dtype=float)), "float64"),
+    "arrays, one-hot labels": (spoiled(make_arrays, "labels.npy", zeros(40, 4)), "(40, 4)"),
+    "arrays, negative label": (spoiled(make_arrays, "labels.npy", np.arange(40) - 1), "run from -1 to 38"),
+    "arrays, huge label": (spoiled(make_arrays, "labels.npy", np.arange(40) * 10_000), "run from 0 to 390000"),
+    "arrays, objects": (spoiled(make_arrays, "labels.npy", np.array([{}] * 40)), "labels.npy"),
+    "arrays, not npy": (spoiled(make_arrays, "images.npy", b"PK not an array"), "images.npy"),
+    "arrays, cut short": (lambda folder: os.truncate(make_arrays(folder) / "images.npy", 1000), "images.npy"),
+    "arrays, empty": (lambda folder: make_arrays(folder, count=0), "expected"),
+    "arrays, one image": (lambda folder: make_arrays(folder, count=1), "expected some of both"),
+    "arrays, labels to validate": (spoiled(make_arrays, "val_labels.npy", zeros(2)), "val_images.npy"),
+    "arrays, sizes": (lambda folder: make_arrays(make_arrays(folder), size=8, prefix="val_"), "(8, 8, 3)"),
+
+    "idx, other magic": (spoiled(make_mnist, "train-labels-idx1-ubyte", idx(zeros(5, 1))), "0x00000801"),
+    "idx, little-endian": (spoiled(make_mnist, "train-images-idx3-ubyte",
+                                   struct.pack("<4I", 0x803, 1, 4, 4) + bytes(16)), "0x00000803"),
+    "idx, cut short": (spoiled(make_mnist, "t10k-images-idx3-ubyte", idx(zeros(2, 4, 4))[:-1]), "31 values"),
+    "idx, no header": (spoiled(make_mnist, "train-images-idx3-ubyte", b"\0\0\x08"), "0x00000803"),
+    "idx, lengths": (spoiled(make_mnist, "train-labels-idx1-ubyte", idx(zeros(4))), "(4,)"),
+    "idx, no test": (spoiled(make_mnist, "t10k-labels-idx1-ubyte", None), "t10k-labels-idx1-ubyte"),
+    "idx, empty": (lambda folder: make_mnist(folder, count=0), "0 images to train on"),
 }
 
 
@@ -287,31 +307,29 @@ def test_a_drawn_shape_covers_its_area():
     assert not (bright[:, 0].any() or bright[:, -1].any())  # never cut off
 
 
-def linear_accuracy(train, validation, steps=120):
-    """Multinomial logistic regression on (features, labels): accuracy in percent on the second pair."""
-    (x, y), (x_val, y_val) = ((torch.as_tensor(a, dtype=torch.float32), torch.as_tensor(b)) for a, b in (train, validation))
-    mean, std = x.mean(0), x.std(0) + 1e-6
-    x, x_val = (x - mean) / std, (x_val - mean) / std
+def linear_accuracy(train, validation, steps=100):
+    """Multinomial logistic regression on pairs (features, labels): its accuracy in percent on the second."""
+    mean, std = train[0].mean(axis=0), train[0].std(axis=0)
+    x, x_val = (torch.tensor((features - mean) / std, dtype=torch.float32) for features, _ in (train, validation))
+    y, y_val = (torch.from_numpy(labels) for _, labels in (train, validation))
     weight = torch.zeros(x.shape[1], 10, requires_grad=True)
-    optimizer = torch.optim.Adam([weight], lr=0.2 / x.shape[1] ** 0.5, weight_decay=1e-3)
-    for step in range(steps):
-        rows = torch.arange(step * 500, (step + 1) * 500) % len(x)
-        loss = F.cross_entropy(x[rows] @ weight, y[rows])
+    optimizer = torch.optim.Adam([weight], lr=0.2 / x.shape[1] ** 0.5)
+    for rows in torch.arange(steps * 500).remainder(len(x)).split(500):
         optimizer.zero_grad()
-        loss.backward()
+        F.cross_entropy(x[rows] @ weight, y[rows]).backward()
         optimizer.step()
     return 100 * ((x_val @ weight).argmax(1) == y_val).float().mean().item()
 
 
 def test_a_linear_model_cannot_tell_shapes(shapes):
     def pixels(part, count):
-        return part.images[:count].reshape(count, -1), part.labels[:count]
-    train, validation = pixels(shapes.train, 10_000), pixels(shapes.validation, 2_000)
-    assert linear_accuracy(train, validation) < 40
+        return part.images[:count].reshape(count, -1).astype(np.float32), part.labels[:count]
+    train, validation = pixels(shapes.train, 8_000), pixels(shapes.validation, 2_000)
+    assert 18 < linear_accuracy(train, validation) < 40  # it sees how far shapes spread, but not what they are
 
-    for features, labels in (train, validation):  # the same probe finds a class that is written into 10 pixels
+    for features, labels in (train, validation):  # the same probe finds a class that 10 of the pixels tell
         features[np.arange(len(labels)), labels] = 255
-    assert linear_accuracy(train, validation) > 90
+    assert linear_accuracy(train, validation) > 75
 
 
 def test_colours_do_not_tell_the_class(shapes):
@@ -374,15 +392,21 @@ def test_batches_are_copies(tmp_path):
     assert data.train_batch(0, 0, 8)[0].max() < 255 and data.train_batch(0, 0, 8)[1].max() < 255
 
 
-def test_to_model():
+def test_to_model(numbered):
     pixels = np.zeros((2, 4, 4, 3), dtype=np.uint8)
     pixels[1, 2, 3] = (255, 51, 0)
-    (x,), labels = Images.to_model(pixels, np.array([3, 1]))
+    (x,), labels = numbered.to_model(pixels, np.array([3, 1]))
     assert x.shape == (2, 3, 4, 4) and x.dtype == torch.float32
     assert torch.equal(x[1, :, 2, 3], torch.tensor([1.0, 0.2, 0.0])) and x.sum() == x[1, :, 2, 3].sum()
     assert labels.tolist() == [3, 1] and labels.dtype == torch.int64
 
 
-def test_interface(shapes):
+def test_the_model_may_see_another_size(numbered):
+    data = Images(numbered.source, image_size=8)
+    (x,), _ = data.to_model(*data.train_batch(0, 0, 5))
+    assert data.image_size == 8 and x.shape == (5, 3, 8, 8) and numbered.image_size == 4
+
+
+def test_attributes(shapes):
     data = Images(shapes)
     assert (data.classes, data.image_size, data.sha256) == (10, 32, shapes.sha256)

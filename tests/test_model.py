@@ -1,10 +1,10 @@
-"""The block's two orders and BERT, from the definitions; tests/test_peers.py compares with Hugging Face."""
+"""The block's two orders and the three families, from the definitions; test_peers.py compares with Hugging Face."""
 import pytest
 import torch
 
 from minq.attention import Tap
 from minq.errors import UserError
-from minq.model import Bert, BertConfig, Block, sinusoids
+from minq.model import Bert, BertConfig, Block, Opt, OptConfig, ViT, ViTConfig, sinusoids
 
 
 def small(**settings):
@@ -84,3 +84,49 @@ def test_sinusoids_have_the_asked_size_and_tell_positions_apart():
 def test_heads_must_divide_the_width():
     with pytest.raises(UserError, match="--heads 5 does not divide --width 128"):
         BertConfig(heads=5)
+
+
+def test_opt_125m_and_vit_s16_have_their_sizes():
+    with torch.device("meta"):
+        opt = Opt(OptConfig(layers=12, width=768, heads=12, ffn=3072, seq_len=2048, vocab_size=50272))
+        vit = ViT(ViTConfig(layers=12, width=384, heads=6, ffn=1536, image_size=224, patch_size=16, classes=1000))
+    assert sum(p.numel() for p in opt.parameters()) == 125_239_296 - 2 * 768  # Hugging Face's table has two unused rows
+    assert round(sum(p.numel() for p in vit.parameters()) / 1e6, 2) == 22.05
+
+
+def test_opt_starts_as_the_appendix_says_and_never_looks_ahead():
+    torch.manual_seed(0)
+    model = Opt(OptConfig(layers=2, width=32, heads=4, ffn=64, seq_len=12)).eval()
+    assert model.token_embedding.weight.std().item() == pytest.approx(0.006, rel=0.05)
+    assert all((p == 0).all() for name, p in model.named_parameters() if name.endswith("bias"))
+    assert model.decoder.weight is model.token_embedding.weight
+    tokens = torch.randint(256, (1, 12))
+    changed = tokens.clone()
+    changed[:, 7:] = 3
+    torch.testing.assert_close(model(tokens)[:, :7], model(changed)[:, :7])
+
+
+def test_patches_are_the_image_row_by_row():
+    model, images = ViT(ViTConfig(image_size=12, patch_size=4, width=32, ffn=64)), torch.rand(2, 3, 12, 12)
+    patches = model.patches(images)
+    assert patches.shape == (2, 9, 48)
+    torch.testing.assert_close(patches[:, 5], images[:, :, 4:8, 8:12].flatten(1))
+
+
+def test_the_patch_layernorm_is_a_choice():
+    plain, normed = (ViT(ViTConfig(width=32, ffn=64, patch_layernorm=choice)) for choice in (False, True))
+    assert not any("patch_norm" in name for name in plain.state_dict())
+    seen = []
+    normed.patch_norm_tap.register_forward_hook(lambda m, a, x: seen.append(x))
+    normed(torch.rand(2, 3, 32, 32))
+    torch.testing.assert_close(seen[0].mean(-1), torch.zeros(2, 64), atol=1e-5, rtol=0)
+
+
+def test_vit_weights_are_cut_at_two_deviations():
+    model = ViT(ViTConfig(width=64, heads=4, ffn=64))
+    assert model.layers[0].ffn_up.weight.abs().max() <= 0.04 and model.head.weight.std() > 0.015
+
+
+def test_the_patch_must_divide_the_image():
+    with pytest.raises(UserError, match="--patch-size 5 does not divide the images' 32 pixels"):
+        ViTConfig(patch_size=5)

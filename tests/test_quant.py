@@ -7,7 +7,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from minq.attention import Tap
-from minq.model import Bert, BertConfig
+from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
 from minq.quant import (A_ESTIMATORS, ActivationQuantizer, RunningRange, WeightQuantizer, affine_parameters, calibrating,
                         fake_quantize, grid, mse_threshold, percentile_of, quantize, quantize_model, token_range)
 
@@ -194,6 +194,25 @@ def test_every_weight_and_tap_is_on_its_grid_except_what_stays_float():
                  *(f"layers.{i}.attention.gate.{p}" for i in range(2) for p in ("weight1", "weight2"))}
     for name in untouched:
         assert torch.equal(quantized.get_parameter(name), model.get_parameter(name))
+
+
+SMALL = dict(layers=2, width=32, heads=4, ffn=64)
+
+
+@pytest.mark.parametrize("model, inputs, outside_layers, in_float", [
+    (lambda: Opt(OptConfig(**SMALL, seq_len=12)), lambda: torch.randint(256, (4, 12)),
+     {"token_embedding", "position_embedding", "final_norm"}, {"decoder"}),
+    (lambda: ViT(ViTConfig(**SMALL, image_size=12, patch_layernorm=True)), lambda: torch.rand(4, 3, 12, 12),
+     {"patch_embedding", "patch_norm", "cls_embedding", "position_embedding", "final_norm", "head"}, set())])
+def test_opt_keeps_its_output_layer_and_vit_quantizes_all(model, inputs, outside_layers, in_float):
+    quantized = quantize_model(model(), w_bits=4, a_bits=4)
+    with calibrating(quantized):
+        quantized(inputs())
+    assert torch.isfinite(quantized(inputs())).all()
+    assert not any(isinstance(module, Tap) for module in quantized.modules())
+    on_grid = {name for name, module in quantized.named_modules() if parametrize.is_parametrized(module)}
+    assert {name for name in on_grid if not name.startswith("layers")} == outside_layers
+    assert len(on_grid) == len(outside_layers) + 2 * 6 and not on_grid & in_float
 
 
 def test_the_tied_decoder_stays_float_while_the_embedding_is_quantized():

@@ -9,8 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+
+from minq import training
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--layers", "2", "--width", "32", "--heads", "4", "--seq-len", "16", "--batch-size", "8", "--steps", "6",
@@ -198,3 +201,89 @@ def test_the_default_name_tells_the_settings(corpus, tmp_path, monkeypatch):
     (folder,) = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("bert-clipped-") and folder.name.endswith("-s0")
     assert "-alpha2.0-" in folder.name and "-corpus-" in folder.name
+
+
+# ---- the other families ----
+
+VIT = [option for option in SMALL if option not in ("--seq-len", "16")] + ["--patch-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def cifar(tmp_path_factory):
+    """Sixty random images in CIFAR-10's layout."""
+    folder = tmp_path_factory.mktemp("cifar")
+    records = np.random.default_rng(0).integers(0, 256, (60, 3073), dtype=np.uint8)
+    records[:, 0] %= 10
+    records[:40].tofile(folder / "data_batch_1.bin")
+    records[40:].tofile(folder / "test_batch.bin")
+    return folder
+
+
+def test_opt_trains_samples_and_resumes(corpus, tmp_path):
+    command = ["train_opt.py", *SMALL, "--data", corpus, "--decay-layernorm"]
+    out, _ = run(*command, "--out", tmp_path / "run")
+    assert "perplexity" in out and f"next: python quantize.py {tmp_path / 'run'}" in out
+    out, _ = run("train_opt.py", "--sample", 40, "--out", tmp_path / "run")
+    again, _ = run("train_opt.py", "--sample", 40, "--out", tmp_path / "run")
+    other, _ = run("train_opt.py", "--sample", 40, "--seed", 1, "--out", tmp_path / "run")
+    assert out == again != other and 20 <= len(out) <= 41
+    _, err = run("train_bert.py", "--resume", "--out", tmp_path / "run", code=2)
+    assert "a run of opt, expected one of bert" in err
+
+
+@pytest.mark.parametrize("options", [["--precision", "bf16", "--rand-augment", "2", "--mixup", "0.8", "--cutmix", "1", "--jitter", "0.4"],
+                                     ["--precision", "fp16", "--patch-layernorm", "--clip", "1"],
+                                     ["--attention", "gated", "--accumulate", "2", "--epochs", "2", "--warmup", "1"]])
+def test_vit_trains_with_its_whole_recipe(cifar, tmp_path, options):
+    small = [option for option in VIT if "--epochs" not in options or option not in ("--steps", "6")]
+    out, _ = run("train_vit.py", *small, "--data", cifar, *options, "--out", tmp_path / "run")
+    assert "accuracy" in out
+    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    assert step == (2 * (40 // 16) if "--epochs" in options else 6)
+
+
+def test_vit_killed_and_resumed_equals_uninterrupted(cifar, tmp_path):
+    """Augmentation, too, is a function of (seed, step)."""
+    command = ["train_vit.py", *VIT, "--data", cifar, "--rand-augment", "2", "--mixup", "0.8", "--cutmix", "1", "--dropout", "0.1"]
+    run(*command, "--out", tmp_path / "whole")
+    run(*command, "--out", tmp_path / "stopped", "--save-every", "4")
+    checkpoint = tmp_path / "stopped" / "checkpoint.pt"
+    keep = {}
+    original = training.Run.save
+
+    def stop_at_4(self, **state):
+        original(self, **state)
+        if state["step"] == 4:
+            keep["bytes"] = checkpoint.read_bytes()
+
+    training.Run.save = stop_at_4
+    try:
+        run(*command, "--out", tmp_path / "stopped", "--save-every", "4", "--overwrite")
+    finally:
+        training.Run.save = original
+    checkpoint.write_bytes(keep["bytes"])
+    run("train_vit.py", "--resume", "--out", tmp_path / "stopped")
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+
+
+def test_three_families_in_one_table(corpus, cifar, tmp_path):
+    train(corpus, tmp_path / "bert")
+    run("train_opt.py", *SMALL, "--data", corpus, "--out", tmp_path / "opt")
+    run("train_vit.py", *VIT, "--data", cifar, "--out", tmp_path / "vit")
+    out, _ = run("quantize.py", *(tmp_path / family for family in ("bert", "opt", "vit")), "--batches", 1, "--seeds", 2,
+                 "--json", tmp_path / "table.json")
+    assert out.count("ppl ↓") == 2 and out.count("acc % ↑") == 1
+    rows = json.loads((tmp_path / "table.json").read_text())
+    assert [row["metric"] for row in rows] == ["perplexity", "perplexity", "accuracy"]
+    assert all(row["max_inf_norm"] == row["layer_output"]["max_inf_norm"] for row in rows[1:])
+    assert rows[2]["settings"]["seq_len"] == 17 and rows[2]["settings"]["patch_layernorm"] is False
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--patch-size", "5"], "--patch-size 5 does not divide the images' 32 pixels"),
+    (["--steps", "3", "--epochs", "2"], "--steps 3 and --epochs 2 both set the length"),
+    (["--crop-scale", "2"], "--crop-scale: 2: expected at least 0 and at most 1"),
+    (["--data", "/nowhere/at/all"], "--data /nowhere/at/all: no such folder")])
+def test_bad_flags_of_vit(cifar, tmp_path, options, message):
+    _, err = run("train_vit.py", *VIT, "--data", cifar, *options, "--out", tmp_path / "run", code=2)
+    assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()

@@ -7,13 +7,18 @@ import torch.nn.functional as F
 
 from minq.errors import UserError
 from minq.model import Bert, BertConfig, from_checkpoint
-from minq.training import (Run, autocast, evaluate, linear_schedule, load_checkpoint, parameter_groups, pick_device,
+from minq.training import (Run, autocast, cosine_schedule, evaluate, linear_schedule, load_checkpoint, parameter_groups, pick_device,
                            seed_step, write_atomically)
 
 
 def test_linear_schedule_rises_from_0_to_1_and_falls_to_0():
     assert [linear_schedule(step, 10, 110) for step in (0, 5, 10, 60, 110)] == [0, 0.5, 1, 0.5, 0]
     assert linear_schedule(0, 0, 10) == 1
+
+
+def test_cosine_schedule_is_the_papers_for_vit():
+    lr = [1e-3 * cosine_schedule(step, 20, 300) for step in (0, 10, 20, 160, 300)]
+    assert lr == pytest.approx([1e-6, 5.005e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5])
 
 
 def small(**settings):
