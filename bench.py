@@ -2,10 +2,10 @@
 
     python bench.py                       every group below; minutes to half an hour on a laptop
     python bench.py bert --precision fp32
-    python bench.py data watch quant      what costs little
+    python bench.py data augment watch quant      what costs little
 
 Each ratio is the median over rounds in which the two take turns; machines drift, ratios less so.
-The group bert compares with Hugging Face: pip install -e '.[peers]'.
+The groups bert, opt and vit compare with Hugging Face: pip install -e '.[peers]'.
 """
 import argparse
 import copy
@@ -16,13 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
-from minq.data import MaskedText, load_text
-from minq.model import Bert, BertConfig
+from minq.augment import augment
+from minq.data import CausalText, MaskedText, load_text
+from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
 from minq.outliers import watch
 from minq.quant import calibrating, quantize_model
 from minq.training import autocast, parameter_groups, pick_device, pick_precision, to_device
 
 BERT_BASE = dict(layers=12, width=768, heads=12, ffn=3072, seq_len=128)
+VIT_S = dict(layers=12, width=384, heads=6, ffn=1536, image_size=224, patch_size=16, classes=1000)
+LAPTOP_VIT = dict(layers=4, width=128, heads=4, ffn=512, image_size=32, patch_size=4)
 LAPTOP = dict(layers=4, width=128, heads=4, ffn=512, seq_len=64, init_std=0.05, positions="sinusoid")
 
 
@@ -82,42 +85,89 @@ def training_step(model, loss, device, precision):
     return step
 
 
-# ---- groups ----
+# ---- groups: a training step against Hugging Face's, and what each attention costs ----
 
 def bert(device, precision, rounds):
-    """A training step of BERT-base, batch 8, T 128, against Hugging Face's, and what each attention costs."""
-    from transformers import BertConfig as HuggingConfig, BertForMaskedLM
-
-    data = MaskedText(load_text("stdlib"), 128)
-    tokens, labels = data.train_batch(0, 0, 8)
-    (inputs, positions), targets = to_device(data.to_model(tokens, labels), device)
+    """BERT-base, batch 8, T 128; ours predicts at the masked positions only."""
+    loader = MaskedText(load_text("stdlib"), 128)
+    tokens, labels = loader.train_batch(0, 0, 8)
+    (inputs, positions), targets = to_device(loader.to_model(tokens, labels), device)
     labels = torch.from_numpy(labels).to(device)
 
-    def ours(dropout, explicit=False, **settings):
-        model = Bert(BertConfig(**BERT_BASE, vocab_size=30522, dropout=dropout, **settings)).to(device)
-        if explicit:  # a watched tap keeps the fused kernel away
-            for layer in model.layers:
-                layer.attention.probs_tap.register_forward_hook(lambda *_: None)
-        return training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), device, precision)
+    def ours(**settings):
+        model = Bert(BertConfig(**BERT_BASE, vocab_size=30522, **settings)).to(device)
+        return model, lambda: F.cross_entropy(model(inputs, positions).float(), targets)
 
-    def hugging(dropout, attention):
-        config = HuggingConfig(hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)
-        model = BertForMaskedLM(config).to(device).train()
-        return training_step(model, lambda: model(inputs, labels=labels).loss, device, precision)
+    def theirs(dropout, attention):
+        model = transformers().BertForMaskedLM(transformers().BertConfig(
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(device)
+        return model, lambda: model(inputs, labels=labels).loss
+
+    family_steps("BERT-base, batch 8, T 128", ours, theirs, dict(attention="clipped", gamma=-0.03), device, precision, rounds)
+
+
+def opt(device, precision, rounds):
+    """OPT-125m, batch 4, T 512."""
+    tokens, labels = CausalText(load_text("stdlib"), 512).train_batch(0, 0, 4)
+    tokens, labels = torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device)
+
+    def ours(**settings):
+        model = Opt(OptConfig(**BERT_BASE | {"seq_len": 512}, vocab_size=50272, **settings)).to(device)
+        return model, lambda: F.cross_entropy(model(tokens).float().flatten(0, 1), labels.flatten())
+
+    def theirs(dropout, attention):
+        model = transformers().OPTForCausalLM(transformers().OPTConfig(
+            dropout=dropout, attention_dropout=dropout, attn_implementation=attention)).to(device)
+        return model, lambda: model(tokens, labels=tokens).loss  # shifts the labels by itself
+
+    family_steps("OPT-125m, batch 4, T 512", ours, theirs, dict(attention="clipped", gamma=-4 / 512), device, precision, rounds)
+
+
+def vit(device, precision, rounds):
+    """ViT-S/16, batch 16 of 224 pixels."""
+    images, labels = torch.rand(16, 3, 224, 224, device=device), torch.randint(1000, (16,), device=device)
+
+    def ours(**settings):
+        model = ViT(ViTConfig(**VIT_S, **settings)).to(device)
+        return model, lambda: F.cross_entropy(model(images).float(), labels)
+
+    def theirs(dropout, attention):
+        model = transformers().ViTForImageClassification(transformers().ViTConfig(
+            hidden_size=384, num_attention_heads=6, intermediate_size=1536, layer_norm_eps=1e-6, num_labels=1000,
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(device)
+        return model, lambda: model(images, labels=labels).loss
+
+    family_steps("ViT-S/16, batch 16", ours, theirs, dict(attention="clipped", gamma=-0.003), device, precision, rounds)
+
+
+def transformers():
+    import transformers
+    return transformers
+
+
+def family_steps(title, ours, theirs, clipped, device, precision, rounds):
+    def step(pair):
+        model, loss = pair
+        return training_step(model.train(), loss, device, precision)
 
     for dropout in (0.0, 0.1):
-        functions = {f"Hugging Face, {attention}": hugging(dropout, attention) for attention in ("sdpa", "eager")}
-        functions["minq, vanilla"] = ours(dropout)
-        seconds = in_turns(functions, rounds, device)
-        best = min(list(functions)[:2], key=lambda name: statistics.median(seconds[name]))
-        report(f"BERT-base step, {precision}, dropout {dropout} (ratio to Hugging Face's best)", seconds, best)
+        functions = {f"Hugging Face, {attention}": step(theirs(dropout, attention)) for attention in ("sdpa", "eager")}
+        seconds = in_turns(functions | {"minq, vanilla": step(ours(dropout=dropout))}, rounds, device)
+        best = min(functions, key=lambda name: statistics.median(seconds[name]))
+        report(f"{title}: a training step, {precision}, dropout {dropout} (ratio to Hugging Face's best)", seconds, best)
 
-        functions = {"vanilla, explicit": ours(dropout, explicit=True), "vanilla, as chosen": ours(dropout),
-                     "clipped": ours(dropout, attention="clipped", gamma=-0.03),
-                     **{f"gated, {gate}": ours(dropout, attention="gated", gate=gate) for gate in ("linear", "mlp", "all-heads")}}
-        report(f"BERT-base step by attention, {precision}, dropout {dropout}",
+        explicit, loss = ours(dropout=dropout)
+        for layer in explicit.layers:  # a watched tap keeps the fused kernel away
+            layer.attention.probs_tap.register_forward_hook(lambda *_: None)
+        functions = {"vanilla, explicit": step((explicit, loss)), "vanilla, as chosen": step(ours(dropout=dropout)),
+                     "clipped": step(ours(dropout=dropout, **clipped)),
+                     **{f"gated, {gate}": step(ours(dropout=dropout, attention="gated", gate=gate))
+                        for gate in ("linear", "mlp", "all-heads")}}
+        report(f"{title}: by attention, {precision}, dropout {dropout}",
                in_turns(functions, rounds, device), "vanilla, explicit")
 
+
+# ---- groups: what ought to cost little ----
 
 def data(device, precision, rounds):
     """Building a batch against a training step, at the laptop preset and at BERT-base."""
@@ -128,6 +178,19 @@ def data(device, precision, rounds):
         step = training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), device, precision)
         build = lambda: loader.to_model(*loader.train_batch(0, 0, size))
         report(f"a batch of masked text, {title}", in_turns({"training step": step, "batch": build}, 4 * rounds, device), "training step")
+
+
+def augmentation(device, precision, rounds):
+    """The whole recipe of C.3 against a training step, at CIFAR's size and at ViT-S/16."""
+    for title, shape, size in (("laptop preset, batch 64", LAPTOP_VIT, 64), ("ViT-S/16, batch 16", VIT_S, 16)):
+        model = ViT(ViTConfig(**shape)).to(device)
+        side, classes = model.config.image_size, model.config.classes
+        images, labels = torch.rand(size, 3, side, side, device=device), torch.randint(classes, (size,), device=device)
+        generator = torch.Generator(device).manual_seed(0)
+        step = training_step(model, lambda: F.cross_entropy(model(images).float(), labels), device, precision)
+        whole = lambda: augment(images, labels, classes, generator, size=side)
+        report(f"augmenting a batch, {title}", in_turns({"training step": step, "augmentation": whole}, 2 * rounds, device),
+               "training step")
 
 
 def evaluation_shapes(device):
@@ -154,24 +217,18 @@ def quant(device, precision, rounds):
         quantized = quantize_model(copy.deepcopy(model), a_estimator="minmax")
 
         def calibrate():
-            for module in calibrating_modules:
-                module.estimating = True
-            quantized(tokens)
-        with calibrating(quantized):
-            quantized(tokens)
-        calibrating_modules = [m for m in quantized.modules() if hasattr(m, "estimating")]
+            with calibrating(quantized):
+                quantized(tokens)
 
         def evaluate():
-            for module in calibrating_modules:
-                module.estimating = False
-            quantized(tokens)
-        with parametrize.cached():
-            seconds = in_turns({"floating point": lambda: model(tokens), "calibration": calibrate,
-                                "quantized evaluation": evaluate}, 4 * rounds, device)
+            with parametrize.cached():
+                quantized(tokens)
+        seconds = in_turns({"floating point": lambda: model(tokens), "calibration": calibrate,
+                            "quantized evaluation": evaluate}, 4 * rounds, device)
         report(f"quantized passes, {title}", seconds, "floating point")
 
 
-GROUPS = {"bert": bert, "data": data, "watch": outliers, "quant": quant}
+GROUPS = {"bert": bert, "opt": opt, "vit": vit, "data": data, "augment": augmentation, "watch": outliers, "quant": quant}
 
 if __name__ == "__main__":
     main()
