@@ -1,6 +1,7 @@
 """The plumbing of training that has one right answer: schedules, parameter groups, precision,
 processes, runs on disk, evaluation. It knows no model; the training loop stands in each script.
 """
+import atexit
 import contextlib
 import json
 import math
@@ -92,6 +93,7 @@ def start_processes():
     if "RANK" not in os.environ:
         return 0, 1
     dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
 
 
