@@ -26,7 +26,7 @@ from minq.training import (Interrupt, Run, autocast, check_slices, evaluate, lin
 # ---- recipes ----
 
 DEFAULTS = dict(
-    attention="vanilla", zeta=1.0, gate="linear", gate_hidden=4, gate_init=0.5,
+    attention="vanilla", alpha=4.0, zeta=1.0, gate="linear", gate_hidden=4, gate_init=0.5,
     layers=12, width=768, heads=12, seq_len=128, init_std=0.02, positions="normal",
     data="stdlib", mask_prob=0.15,
     steps=1_000_000, batch_size=256, accumulate=1, lr=1e-4, warmup=10_000, weight_decay=0.01,
@@ -34,12 +34,12 @@ DEFAULTS = dict(
     precision="fp16", eval_every=10_000, eval_batches=64, save_every=10_000)
 
 PRESETS = {
-    "laptop": dict(layers=4, width=128, heads=4, seq_len=64, init_std=0.05, positions="sinusoid",
+    "laptop": dict(alpha=1.0, layers=4, width=128, heads=4, seq_len=64, init_std=0.05, positions="sinusoid",
                    steps=2400, batch_size=16, lr=1.5e-3, warmup=200, dropout=0.0,
                    precision=None, eval_every=400, eval_batches=64, save_every=400),
     "paper": dict(),  # C.1
     "bert-6l": dict(layers=6, steps=500_000, batch_size=128),  # sec. 5.2, 5.3
-    "blog": dict(batch_size=128, gamma=-0.025, gate="mlp", gate_hidden=16),  # the blog's Table 1
+    "blog": dict(batch_size=128, alpha=None, gamma=-0.025, gate="mlp", gate_hidden=16),  # the blog's Table 1
 }
 
 

@@ -27,7 +27,7 @@ from minq.training import (Interrupt, Run, autocast, check_slices, evaluate, lin
 # ---- recipes ----
 
 DEFAULTS = dict(
-    attention="vanilla", zeta=1.0, gate="linear", gate_hidden=4, gate_init=0.5,
+    attention="vanilla", alpha=4.0, zeta=1.0, gate="linear", gate_hidden=4, gate_init=0.5,
     layers=12, width=768, heads=12, seq_len=512, init_std=0.006,
     data="stdlib",
     steps=125_000, batch_size=48, accumulate=4, lr=4e-4, warmup=2000, weight_decay=0.1,
@@ -35,7 +35,7 @@ DEFAULTS = dict(
     precision="fp16", eval_every=5000, eval_batches=64, save_every=5000)
 
 PRESETS = {
-    "laptop": dict(layers=4, width=128, heads=4, seq_len=64, init_std=0.05,
+    "laptop": dict(alpha=1.0, layers=4, width=128, heads=4, seq_len=64, init_std=0.05,
                    steps=1200, batch_size=32, accumulate=1, lr=2e-3, warmup=100, dropout=0.0,
                    precision=None, eval_every=400, eval_batches=32, save_every=400),
     "paper": dict(),  # C.2

@@ -27,7 +27,7 @@ from minq.training import (Interrupt, Run, autocast, check_slices, cosine_schedu
 # ---- recipes ----
 
 DEFAULTS = dict(
-    attention="vanilla", zeta=1.0, gate="linear", gate_hidden=4, gate_init=0.5,
+    attention="vanilla", alpha=4.0, zeta=1.0, gate="linear", gate_hidden=4, gate_init=0.5,
     layers=12, width=384, heads=6, image_size=224, patch_size=16, patch_layernorm=False, init_std=0.02,
     data="shapes", crop_scale=0.08, flip=0.5, rand_augment=2, rand_magnitude=9.0, jitter=0.4, mixup=0.8, cutmix=1.0,
     label_smoothing=0.1,
@@ -36,7 +36,7 @@ DEFAULTS = dict(
     eval_every=2500, eval_batches=100, save_every=2500)
 
 PRESETS = {
-    "laptop": dict(layers=4, width=128, heads=4, image_size=None, patch_size=4, init_std=0.05,
+    "laptop": dict(alpha=1.0, layers=4, width=128, heads=4, image_size=None, patch_size=4, init_std=0.05,
                    crop_scale=0.6, rand_augment=0, jitter=0.0, mixup=0.0, cutmix=0.0,
                    epochs=None, steps=1500, batch_size=64,
                    eval_every=500, eval_batches=32, save_every=500),

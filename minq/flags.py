@@ -42,7 +42,7 @@ def add_attention_flags(parser):
     group.add_argument("--attention", choices=ATTENTIONS, help="what the heads do")
     group.add_argument("--gamma", type=number(float, high=0), help="lower stretch factor, at most 0 (eq. 4)")
     group.add_argument("--zeta", type=number(float, low=1), help="upper stretch factor, at least 1 (eq. 4)")
-    group.add_argument("--alpha", type=number(float, low=0), help="sets gamma = -alpha / T (sec. 5.2); 4 if neither is given")
+    group.add_argument("--alpha", type=number(float, low=0), help="sets gamma = -alpha / T (sec. 5.2)")
     group.add_argument("--gate", choices=GATES, help="the gate's network (Table 3)")
     group.add_argument("--gate-hidden", type=positive, help="hidden units n_hid of the MLP gate")
     group.add_argument("--gate-init", type=number(float, above=0, below=1), help="pi_init, how open gates start (sec. 5.3)")
@@ -99,6 +99,8 @@ def add_run_flags(parser):
     group.add_argument("--save-every", type=positive, help="steps between checkpoints")
 
 
+BUILT_IN_DATA = ("stdlib", "backcopy", "shapes", "cifar10")
+
 # Flags that may be given anew when a run is resumed: they change nothing that the run computes.
 NOT_OF_THE_RUN = {"device", "compile", "out", "overwrite", "resume", "save_every", "sample"}
 
@@ -110,6 +112,8 @@ def read_flags(parser, defaults, presets, argv=None):
     """
     parser.add_argument("--preset", choices=presets, help=f"a recipe; each flag overrides it (default {next(iter(presets))})")
     typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
+    if "data" in typed and typed["data"] not in BUILT_IN_DATA:
+        typed["data"] = str(Path(typed["data"]).absolute())  # found again from any folder
     preset = presets[typed.get("preset", next(iter(presets)))]
     unset = dict.fromkeys(vars(parser.parse_args([])), None)
     args = argparse.Namespace(**unset | {"preset": next(iter(presets))} | defaults | preset | typed)
@@ -133,12 +137,14 @@ def settle_attention(args, typed, seq_len):
         raise UserError(f"--gate-hidden {args.gate_hidden} needs --gate mlp, not {args.gate}")
     if "alpha" in typed and "gamma" in typed:
         raise UserError(f"--alpha {args.alpha:g} and --gamma {args.gamma:g} both set gamma; give one of them")
-    if args.attention == "clipped":
-        if "alpha" in typed or args.gamma is None and "gamma" not in typed:
-            args.alpha = typed.get("alpha", 4.0)
-            args.gamma = -args.alpha / seq_len  # sec. 5.2
-    elif args.attention in ("vanilla", "gated"):
+    if "gamma" in typed or args.attention != "clipped":
+        args.alpha = None
+    if args.alpha is not None:
+        args.gamma = -args.alpha / seq_len  # sec. 5.2
+    if args.attention in ("vanilla", "gated"):
         args.gamma, args.zeta = 0.0, 1.0
+    if args.gamma is None:
+        args.gamma = 0.0
     if args.attention != "gated":
         args.gate = args.gate_hidden = args.gate_init = None
     elif args.gate != "mlp":

@@ -266,12 +266,15 @@ def initialize(model, std, truncated=False):
 
 
 def sinusoids(length, width, rms):
-    """Sine and cosine waves of geometrically growing length (Vaswani et al.), (length, width), root mean square `rms`."""
+    """Sine and cosine waves (Vaswani et al.), (length, width), of root mean square `rms`.
+
+    Their wavelengths grow geometrically from 2 pi to 2 pi * length: with the usual 10000 most of
+    them would hardly change over a short sequence.
+    """
     position = torch.arange(length)[:, None]
-    frequency = torch.exp(torch.arange(0, width, 2) * (-math.log(10000.0) / width))
+    frequency = length ** (-torch.arange(0, width, 2) / width)
     angle = position * frequency  # (length, width / 2)
     return rms * math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
-
 
 
 # ---- from a checkpoint ----

@@ -195,6 +195,15 @@ def test_quantize_reports_bad_input_in_one_line(corpus, tmp_path):
     assert "W8A8" in out
 
 
+@pytest.mark.parametrize("options, gamma", [
+    ([], -1 / 16), (["--alpha", "2"], -2 / 16), (["--gamma", "-0.03"], -0.03), (["--gamma", "0", "--zeta", "1.03"], 0.0),
+    (["--preset", "blog"], -0.025), (["--preset", "blog", "--alpha", "2"], -2 / 16), (["--preset", "paper"], -4 / 16)])
+def test_gamma_comes_from_the_flag_or_alpha_or_the_preset(corpus, tmp_path, options, gamma):
+    train(corpus, tmp_path / "run", "--attention", "clipped", "--steps", "1", "--precision", "fp32", *options)
+    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
+    assert checkpoint["config"]["gamma"] == checkpoint["args"]["gamma"] == pytest.approx(gamma)
+
+
 def test_the_default_name_tells_the_settings(corpus, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("train_bert.py", *SMALL, "--data", corpus, "--attention", "clipped", "--alpha", "2")

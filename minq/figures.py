@@ -1,0 +1,279 @@
+"""The paper's figures: arrays in, a matplotlib Figure out. Knows no model; matplotlib is imported nowhere else.
+
+    figures.histograms(by_position, by_dimension, "outliers", "runs/mine").savefig("outliers.png")
+
+Arrays count layers and heads from 0, the pictures from 1. Positions and dimensions are zero-based in both,
+as in the paper. Colours are Okabe and Ito's, told apart with any colour vision, and maps of them that stay
+in order when printed grey.
+"""
+import io
+import math
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
+COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)
+LINES = ("-", "--", "-.", ":")
+AMOUNT, SIGNED = "viridis", "PuOr"  # colour maps: from 0 up, and symmetric about 0
+MOST_LABELS = 64                    # more characters than that on an axis cannot be read
+style = matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8,
+                               "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False})
+
+
+def sheet(title, rows, columns, width, height, **options):
+    """(figure, axes (rows, columns)); width and height in inches."""
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure.suptitle(title, fontsize=10, parse_math=False)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for ax in axes.flat:
+        ax.tick_params(labelsize=8)
+    return figure, axes
+
+
+def png(figure):
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+
+# ---- where outliers sit (Figures 1 and 8) ----
+
+@style
+def histograms(by_position, by_dimension, quantity, title):
+    """A row per layer, counts over positions (L, T) and over dimensions (L, d); each column on one scale."""
+    layers = len(by_position)
+    figure, axes = sheet(title, layers, 2, 9, 1 + 1.1 * layers, sharex="col", sharey="col")
+    for column, (counts, colour, name) in enumerate(((by_position, BLUE, "token position"), (by_dimension, GREEN, "hidden dimension"))):
+        for layer, ax in enumerate(axes[:, column]):
+            ax.bar(range(len(counts[layer])), counts[layer], width=1, color=colour, edgecolor=colour, linewidth=0.5)
+            worst = int(np.argmax(counts[layer]))
+            what = f"most at {worst}" if counts[layer][worst] > 0 else "none"
+            ax.set_title(f"layer {layer + 1}: {what}", fontsize=8, loc="right", pad=2)
+        axes[-1, column].set_xlabel(f"{name} (from 0)")
+    figure.supylabel(quantity, fontsize=9)
+    return figure
+
+
+@style
+def norms_by_layer(norms, kurtoses, title):
+    """The infinity norm (8a) and the kurtosis of each layer, {tap: (L,)} each."""
+    figure, axes = sheet(title, 1, 2, 9, 3)
+    for ax, series, name in zip(axes[0], (norms, kurtoses), ("infinity norm, mean over samples", "kurtosis, not excess (log scale)")):
+        for (tap, values), colour, line in zip(series.items(), COLOURS, LINES):
+            ax.plot(range(1, len(values) + 1), values, marker="o", color=colour, linestyle=line, label=tap)
+        ax.set(xlabel="layer", ylabel=name, xticks=range(1, len(values) + 1))
+    axes[0, 0].set_ylim(bottom=0)
+    axes[0, 1].set_yscale("log")
+    axes[0, 1].axhline(3, color="grey", linewidth=1, label="a Gaussian has 3")
+    plain_log_ticks(axes[0, 1].yaxis)
+    axes[0, 0].legend()
+    axes[0, 1].legend()
+    return figure
+
+
+def plain_log_ticks(axis):
+    """5, 10, 20 rather than 5 x 10^0: norms and kurtoses rarely span more than two decades."""
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(matplotlib.ticker.StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+
+
+@style
+def shares(groups, of_outliers, of_tokens, quantity, title):
+    """Per group of tokens, its share of the outliers beside its share of all tokens, (groups,) each."""
+    figure, axes = sheet(title, 1, 1, 7, 1.2 + 0.4 * len(groups))
+    ax, y = axes[0, 0], np.arange(len(groups))
+    ax.barh(y - 0.2, 100 * np.asarray(of_outliers), 0.4, color=BLUE, label=quantity)
+    ax.barh(y + 0.2, 100 * np.asarray(of_tokens), 0.4, color=ORANGE, hatch="///", edgecolor="white", label="all tokens")
+    ax.set_yticks(y, groups)
+    ax.invert_yaxis()
+    ax.set_xlabel("share (%)")
+    ax.legend(loc="lower right")
+    return figure
+
+
+@style
+def patch_maps(maps, quantity, title):
+    """A heatmap over the image per layer, (L, rows, columns), all in one scale (8c)."""
+    columns = min(4, len(maps))
+    figure, axes = sheet(title, math.ceil(len(maps) / columns), columns, 2.3 * columns, 0.7 + 2.3 * math.ceil(len(maps) / columns))
+    for ax in axes.flat[len(maps):]:
+        ax.set_axis_off()
+    for layer, values in enumerate(maps):
+        picture = axes.flat[layer].imshow(values, cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(maps)))
+        axes.flat[layer].set(title=f"layer {layer + 1}", xticks=[], yticks=[])
+    figure.colorbar(picture, ax=axes, label=quantity, shrink=0.8)
+    return figure
+
+
+def above_zero(x):
+    """The end of a colour scale from 0, also for an array of zeros."""
+    return x if x > 0 else 1
+
+
+# ---- what a head does (Figures 2, 3, 9-14) ----
+
+def label_tokens(axis, labels):
+    step = math.ceil(len(labels) / MOST_LABELS)
+    axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=6, family="monospace", parse_math=False)
+    axis.set_tick_params(length=0, pad=1)
+
+
+@style
+def head_on_text(labels, probs, values, product, product_name, title):
+    """Attention probabilities (T, T), values and product (T, d_head) of one sequence; the last two in one scale (Figure 2)."""
+    figure, axes = sheet(title, 1, 3, 11, 5.8, width_ratios=(2, 1, 1))
+    largest = above_zero(max(np.abs(values).max(), np.abs(product).max()))
+    panels = ((probs, "attention probabilities", dict(cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(probs)))),
+              (values, "values", dict(cmap=SIGNED, vmin=-largest, vmax=largest)),
+              (product, product_name, dict(cmap=SIGNED, vmin=-largest, vmax=largest)))
+    for ax, (array, name, scale) in zip(axes[0], panels):
+        picture = ax.imshow(array, aspect="auto", interpolation="nearest", **scale)
+        ax.set_title(name)
+        label_tokens(ax.yaxis, labels)
+        if name != "values":  # its neighbour has the same scale
+            figure.colorbar(picture, ax=ax, location="right", shrink=0.6, aspect=30)
+    label_tokens(axes[0, 0].xaxis, labels)
+    axes[0, 0].tick_params(axis="x", rotation=90)
+    axes[0, 0].set(xlabel="attended to (key)", ylabel="attends (query)")
+    axes[0, 1].set_xlabel("dimension of the head (from 0)")
+    axes[0, 2].set_xlabel("dimension of the head (from 0)")
+    return figure
+
+
+@style
+def head_on_images(images, outliers, outlier_name, cumulative, probs, magnitudes, magnitude_names, title):
+    """A row per image: the image (N, h, w, 3), outliers and cumulative attention over patches (N, rows, columns),
+    probabilities (N, T, T), and the mean |value| of two kinds of patches (N, 2), NaN where there is none (Figure 3)."""
+    figure, axes = sheet(title, len(images), 5, 11, 0.6 + 2.1 * len(images), squeeze=False)
+    names = ("input image", outlier_name, "cumulative attention", "attention probabilities", "mean |value|")
+    for row, line in enumerate(axes):
+        line[0].imshow(images[row])
+        for ax, arrays in zip(line[1:4], (outliers, cumulative, probs)):
+            picture = ax.imshow(arrays[row], cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(arrays)), interpolation="nearest")
+            figure.colorbar(picture, ax=ax, shrink=0.7)
+        for ax in line[:4]:
+            ax.set(xticks=[], yticks=[])
+        line[3].set(xlabel="key", ylabel="query")
+        line[4].bar(magnitude_names, np.nan_to_num(magnitudes[row]), color=(RED, BLUE))
+        line[4].set_ylim(0, 1.1 * above_zero(np.nanmax(magnitudes)))
+        for x in np.flatnonzero(np.isnan(magnitudes[row])):
+            line[4].text(x, 0, "none", ha="center", va="bottom")
+        for ax, letter, name in zip(line, "abcde", names):
+            ax.set_title(f"({letter}) {name}" if row == 0 else "", fontsize=8)
+    return figure
+
+
+# ---- the mechanism ----
+
+@style
+def heads(sink_rate, sink_value, score_range, even, title):
+    """Each head a point, numbered layer.head: a sink that takes all, with a value near nothing, is a head that
+    does nothing. (L, H) each; `even` is the sink rate of even attention."""
+    figure, axes = sheet(title, 1, 1, 7, 4.6)
+    ax = axes[0, 0]
+    points = ax.scatter(sink_rate, sink_value, c=score_range, cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(score_range)),
+                        s=45, edgecolor="black", linewidth=0.5)
+    for at in np.ndindex(np.shape(sink_rate)):
+        ax.annotate(f"{at[0] + 1}.{at[1] + 1}", (sink_rate[at], sink_value[at]), (4, 4), textcoords="offset points", fontsize=7)
+    ax.axvline(even, color="grey", linestyle=":", linewidth=1)
+    ax.annotate("even attention", (even, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points",
+                rotation=90, va="top", fontsize=7, color="dimgrey")
+    ax.axhline(1, color="grey", linestyle=":", linewidth=1)
+    ax.set(xlabel="sink rate: share of attention on the most-attended token", ylabel="norm of its value / mean norm")
+    ax.set_xlim(0, 1.02)
+    ax.set_ylim(bottom=0)
+    figure.colorbar(points, ax=ax, label="softmax input range")
+    return figure
+
+
+@style
+def gate_histograms(counts, title):
+    """How open the gates are: (L, H, bins), counts over [0, 1]; a panel per layer, a line per head."""
+    layers, n_heads, bins = counts.shape
+    columns = min(4, layers)
+    figure, axes = sheet(title, math.ceil(layers / columns), columns, 9, 0.7 + 2.2 * math.ceil(layers / columns), sharex=True, sharey=True)
+    for ax in axes.flat[layers:]:
+        ax.set_axis_off()
+    percent = 100 * counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
+    for layer in range(layers):
+        for head in range(n_heads):
+            axes.flat[layer].stairs(percent[layer, head], np.linspace(0, 1, bins + 1), color=COLOURS[head % len(COLOURS)],
+                                    linestyle=LINES[head % len(LINES)], linewidth=1.5, label=f"head {head + 1}")
+        axes.flat[layer].set(title=f"layer {layer + 1}", xlabel="gate π")
+    axes.flat[0].set_ylabel("share of tokens (%)")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+@style
+def gates_on_tokens(labels, gates, title):
+    """Which tokens a head gates off: pi (H, T), from 0 to 1."""
+    figure, axes = sheet(title, 1, 1, 11, 1.2 + 0.3 * len(gates))
+    picture = axes[0, 0].imshow(gates, aspect="auto", cmap=AMOUNT, vmin=0, vmax=1, interpolation="nearest")
+    label_tokens(axes[0, 0].xaxis, labels)
+    axes[0, 0].set_yticks(range(len(gates)), range(1, len(gates) + 1))
+    axes[0, 0].set(xlabel="token", ylabel="head")
+    figure.colorbar(picture, ax=axes[0, 0], label="gate π", pad=0.01)
+    return figure
+
+
+# ---- several runs ----
+
+@style
+def magnitudes(activations, title):
+    """|x| of one sample over channels and tokens, {run: (T, d)}, in one scale: outliers stand in channels (blog, Figure 1)."""
+    figure, axes = sheet(title, len(activations), 1, 9, 0.7 + 2.4 * len(activations))
+    largest = above_zero(max(np.abs(x).max() for x in activations.values()))
+    for ax, (name, x) in zip(axes[:, 0], activations.items()):
+        picture = ax.imshow(np.abs(x), aspect="auto", cmap=AMOUNT, vmin=0, vmax=largest, interpolation="nearest")
+        ax.set_title(name, parse_math=False)
+        ax.set(xlabel="hidden dimension (from 0)", ylabel="token position")
+    figure.colorbar(picture, ax=axes, label="|x|")
+    return figure
+
+
+@style
+def grids(values, scales, zero_points, n_bits, title):
+    """Histograms of one tap, {run: (N,)}, a column per run, with the quantization grid drawn over them.
+
+    Above all values, the grid as a comb at the bottom; below the 16 finest steps on both sides of 0.
+    Rows share their axes, so that one sees the same distance cut into fewer steps.
+    """
+    figure, axes = sheet(title, 2, len(values), 4.5 * len(values), 5.5, sharex="row", sharey="row")
+    low, high = min(x.min() for x in values.values()), max(x.max() for x in values.values())
+    near = 16 * min(scales.values())
+    for column, (name, x) in enumerate(values.items()):
+        points = scales[name] * (np.arange(2 ** n_bits) - zero_points[name])
+        for ax, (left, right), top in zip(axes[:, column], ((low, high), (-near, near)), (0.07, 1)):
+            ax.hist(x, bins=np.linspace(left, right, 97), color=SKY, log=True)
+            shown = points[(points >= left) & (points <= right)]
+            ax.vlines(shown, 0, top, transform=ax.get_xaxis_transform(), color=RED, linewidth=0.5)
+        axes[0, column].set_title(f"{name}\nstep {scales[name]:.3g}", parse_math=False)
+        axes[1, column].set_title(f"near 0: {len(shown)} of {2 ** n_bits} grid points")
+        axes[1, column].set(xlim=(-near, near), xlabel="value")
+    axes[0, 0].set_ylabel("values (log scale)")
+    axes[1, 0].set_ylabel("values (log scale)")
+    return figure
+
+
+@style
+def curves(runs, title):
+    """{run: {quantity: (steps, values)}}: a panel per quantity, a line per run (blog, Figures 3, 5 and 6). Norms,
+    kurtoses and perplexities on log scales."""
+    quantities = list(next(iter(runs.values())))
+    columns = 2
+    figure, axes = sheet(title, math.ceil(len(quantities) / columns), columns, 9, 0.9 + 2.5 * math.ceil(len(quantities) / columns))
+    for ax, quantity in zip(axes.flat, quantities):
+        for i, (name, series) in enumerate(runs.items()):
+            ax.plot(*series[quantity], marker=".", color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], label=name)
+        logarithmic = quantity.startswith(("perplexity", "max inf", "avg kurtosis"))
+        ax.set(xlabel="step", ylabel=quantity + (" (log scale)" if logarithmic else ""))
+        if logarithmic:
+            ax.set_yscale("log")
+            plain_log_ticks(ax.yaxis)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
