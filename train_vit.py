@@ -36,10 +36,10 @@ DEFAULTS = dict(
     eval_every=2500, eval_batches=100, save_every=2500)
 
 PRESETS = {
-    "laptop": dict(alpha=1.0, layers=4, width=128, heads=4, image_size=None, patch_size=4, init_std=0.05,
+    "laptop": dict(alpha=1.0, layers=4, width=128, heads=4, image_size=None, patch_size=8, init_std=0.05,
                    crop_scale=0.6, rand_augment=0, jitter=0.0, mixup=0.0, cutmix=0.0,
-                   epochs=None, steps=1500, batch_size=64,
-                   eval_every=500, eval_batches=32, save_every=500),
+                   epochs=None, steps=1800, batch_size=64,
+                   eval_every=600, eval_batches=32, save_every=600),
     "paper": dict(),  # C.3; where it names no strength, timm's
 }
 

@@ -33,7 +33,9 @@ SHAPES = {
 
 
 def draw_shapes(count, seed, size=32):
-    """Images (count, size, size, 3) uint8 and labels (count,): one shape each, its place, size, angle and colours at random, its class in turn.
+    """Images (count, size, size, 3) uint8 and labels (count,), one shape each.
+
+    Its place, size, tilt (up to 45 degrees) and colours are drawn at random.
 
     Pixels go only through float32 operations that every machine rounds alike, no sines among
     them, so that the images and their hash are the same everywhere.
@@ -51,7 +53,7 @@ def draw_shapes(count, seed, size=32):
         n = len(rows)
         unit = uniform(0.2 * size, 0.3 * size, n, 1, 1)  # in pixels
         centre_x, centre_y = uniform(-1, 1, 2, n, 1, 1) * (size / 2 - EXTENT * unit)
-        angle = rng.uniform(0, 2 * math.pi, (n, 1, 1))
+        angle = rng.uniform(-math.pi / 4, math.pi / 4, (n, 1, 1))
         cosine, sine = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
         x, y = pixels - centre_x, pixels[:, None] - centre_y  # (n, 1, W), (n, H, 1)
         x, y = (cosine * x + sine * y) / unit, (cosine * y - sine * x) / unit  # (n, H, W)
