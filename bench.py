@@ -25,7 +25,7 @@ from minq.training import autocast, parameter_groups, pick_device, pick_precisio
 
 BERT_BASE = dict(layers=12, width=768, heads=12, ffn=3072, seq_len=128)
 VIT_S = dict(layers=12, width=384, heads=6, ffn=1536, image_size=224, patch_size=16, classes=1000)
-LAPTOP_VIT = dict(layers=4, width=128, heads=4, ffn=512, image_size=32, patch_size=4)
+LAPTOP_VIT = dict(layers=4, width=128, heads=4, ffn=512, image_size=32, patch_size=8)
 LAPTOP = dict(layers=4, width=128, heads=4, ffn=512, seq_len=64, init_std=0.05, positions="sinusoid")
 
 
@@ -33,17 +33,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("groups", nargs="*", help=f"of: {' '.join(GROUPS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=5, help="turns that each alternative takes")
+    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="of training steps, one after another")
     parser.add_argument("--device", help="by default the best there is")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of training steps; by default the device's best")
     args = parser.parse_args()
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
         parser.error(f"groups: {' '.join(unknown)}: expected some of {' '.join(GROUPS)}")
-    device = pick_device(args.device)
-    precision = pick_precision(args.precision, device)
-    print(f"{device}, {precision}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds")
+    args.device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, args.device)
+    print(f"{args.device}, {args.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds")
     for group in args.groups or GROUPS:
-        GROUPS[group](device, precision, args.rounds)
+        GROUPS[group](args)
 
 
 # ---- timing ----
@@ -71,12 +72,12 @@ def report(title, seconds, reference):
         print(f"  {name:42s} {1e3 * statistics.median(values):9.1f} ms   {statistics.median(ratios):5.2f}x  ({spread})")
 
 
-def training_step(model, loss, device, precision):
+def training_step(model, loss, args):
     """A whole step as a function: forward, backward, clipping, fused AdamW."""
     optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-4, fused=True)
 
     def step():
-        with autocast(device, precision):
+        with autocast(args.device, args.precision):
             value = loss()
         value.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -87,57 +88,57 @@ def training_step(model, loss, device, precision):
 
 # ---- groups: a training step against Hugging Face's, and what each attention costs ----
 
-def bert(device, precision, rounds):
+def bert(args):
     """BERT-base, batch 8, T 128; ours predicts at the masked positions only."""
     loader = MaskedText(load_text("stdlib"), 128)
     tokens, labels = loader.train_batch(0, 0, 8)
-    (inputs, positions), targets = to_device(loader.to_model(tokens, labels), device)
-    labels = torch.from_numpy(labels).to(device)
+    (inputs, positions), targets = to_device(loader.to_model(tokens, labels), args.device)
+    labels = torch.from_numpy(labels).to(args.device)
 
     def ours(**settings):
-        model = Bert(BertConfig(**BERT_BASE, vocab_size=30522, **settings)).to(device)
+        model = Bert(BertConfig(**BERT_BASE, vocab_size=30522, **settings)).to(args.device)
         return model, lambda: F.cross_entropy(model(inputs, positions).float(), targets)
 
     def theirs(dropout, attention):
         model = transformers().BertForMaskedLM(transformers().BertConfig(
-            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(device)
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(args.device)
         return model, lambda: model(inputs, labels=labels).loss
 
-    family_steps("BERT-base, batch 8, T 128", ours, theirs, dict(attention="clipped", gamma=-0.03), device, precision, rounds)
+    family_steps("BERT-base, batch 8, T 128", ours, theirs, dict(attention="clipped", gamma=-0.03), args)
 
 
-def opt(device, precision, rounds):
+def opt(args):
     """OPT-125m, batch 4, T 512."""
     tokens, labels = CausalText(load_text("stdlib"), 512).train_batch(0, 0, 4)
-    tokens, labels = torch.from_numpy(tokens).to(device), torch.from_numpy(labels).to(device)
+    tokens, labels = torch.from_numpy(tokens).to(args.device), torch.from_numpy(labels).to(args.device)
 
     def ours(**settings):
-        model = Opt(OptConfig(**BERT_BASE | {"seq_len": 512}, vocab_size=50272, **settings)).to(device)
+        model = Opt(OptConfig(**BERT_BASE | {"seq_len": 512}, vocab_size=50272, **settings)).to(args.device)
         return model, lambda: F.cross_entropy(model(tokens).float().flatten(0, 1), labels.flatten())
 
     def theirs(dropout, attention):
         model = transformers().OPTForCausalLM(transformers().OPTConfig(
-            dropout=dropout, attention_dropout=dropout, attn_implementation=attention)).to(device)
+            dropout=dropout, attention_dropout=dropout, attn_implementation=attention)).to(args.device)
         return model, lambda: model(tokens, labels=tokens).loss  # shifts the labels by itself
 
-    family_steps("OPT-125m, batch 4, T 512", ours, theirs, dict(attention="clipped", gamma=-4 / 512), device, precision, rounds)
+    family_steps("OPT-125m, batch 4, T 512", ours, theirs, dict(attention="clipped", gamma=-4 / 512), args)
 
 
-def vit(device, precision, rounds):
+def vit(args):
     """ViT-S/16, batch 16 of 224 pixels."""
-    images, labels = torch.rand(16, 3, 224, 224, device=device), torch.randint(1000, (16,), device=device)
+    images, labels = torch.rand(16, 3, 224, 224, device=args.device), torch.randint(1000, (16,), device=args.device)
 
     def ours(**settings):
-        model = ViT(ViTConfig(**VIT_S, **settings)).to(device)
+        model = ViT(ViTConfig(**VIT_S, **settings)).to(args.device)
         return model, lambda: F.cross_entropy(model(images).float(), labels)
 
     def theirs(dropout, attention):
         model = transformers().ViTForImageClassification(transformers().ViTConfig(
             hidden_size=384, num_attention_heads=6, intermediate_size=1536, layer_norm_eps=1e-6, num_labels=1000,
-            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(device)
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(args.device)
         return model, lambda: model(images, labels=labels).loss
 
-    family_steps("ViT-S/16, batch 16", ours, theirs, dict(attention="clipped", gamma=-0.003), device, precision, rounds)
+    family_steps("ViT-S/16, batch 16", ours, theirs, dict(attention="clipped", gamma=-0.003), args)
 
 
 def transformers():
@@ -145,16 +146,16 @@ def transformers():
     return transformers
 
 
-def family_steps(title, ours, theirs, clipped, device, precision, rounds):
+def family_steps(title, ours, theirs, clipped, args):
     def step(pair):
         model, loss = pair
-        return training_step(model.train(), loss, device, precision)
+        return training_step(model.train(), loss, args)
 
-    for dropout in (0.0, 0.1):
+    for dropout in args.dropout:
         functions = {f"Hugging Face, {attention}": step(theirs(dropout, attention)) for attention in ("sdpa", "eager")}
-        seconds = in_turns(functions | {"minq, vanilla": step(ours(dropout=dropout))}, rounds, device)
+        seconds = in_turns(functions | {"minq, vanilla": step(ours(dropout=dropout))}, args.rounds, args.device)
         best = min(functions, key=lambda name: statistics.median(seconds[name]))
-        report(f"{title}: a training step, {precision}, dropout {dropout} (ratio to Hugging Face's best)", seconds, best)
+        report(f"{title}: a training step, {args.precision}, dropout {dropout} (ratio to Hugging Face's best)", seconds, best)
 
         explicit, loss = ours(dropout=dropout)
         for layer in explicit.layers:  # a watched tap keeps the fused kernel away
@@ -163,34 +164,38 @@ def family_steps(title, ours, theirs, clipped, device, precision, rounds):
                      "clipped": step(ours(dropout=dropout, **clipped)),
                      **{f"gated, {gate}": step(ours(dropout=dropout, attention="gated", gate=gate))
                         for gate in ("linear", "mlp", "all-heads")}}
-        report(f"{title}: by attention, {precision}, dropout {dropout}",
-               in_turns(functions, rounds, device), "vanilla, explicit")
+        report(f"{title}: by attention, {args.precision}, dropout {dropout}",
+               in_turns(functions, args.rounds, args.device), "vanilla, explicit")
 
 
 # ---- groups: what ought to cost little ----
 
-def data(device, precision, rounds):
+def data(args):
     """Building a batch against a training step, at the laptop preset and at BERT-base."""
     for title, shape, size in (("laptop preset, batch 16", LAPTOP, 16), ("BERT-base, batch 8", BERT_BASE, 8)):
         loader = MaskedText(load_text("stdlib"), shape["seq_len"])
-        model = Bert(BertConfig(**shape)).to(device)
-        (inputs, positions), targets = to_device(loader.to_model(*loader.train_batch(0, 0, size)), device)
-        step = training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), device, precision)
+        model = Bert(BertConfig(**shape)).to(args.device)
+        (inputs, positions), targets = to_device(loader.to_model(*loader.train_batch(0, 0, size)), args.device)
+        step = training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), args)
         build = lambda: loader.to_model(*loader.train_batch(0, 0, size))
-        report(f"a batch of masked text, {title}", in_turns({"training step": step, "batch": build}, 4 * rounds, device), "training step")
+        seconds = in_turns({"training step": step, "batch": build}, 4 * args.rounds, args.device)
+        report(f"a batch of masked text, {title}", seconds, "training step")
 
 
-def augmentation(device, precision, rounds):
-    """The whole recipe of C.3 against a training step, at CIFAR's size and at ViT-S/16."""
-    for title, shape, size in (("laptop preset, batch 64", LAPTOP_VIT, 64), ("ViT-S/16, batch 16", VIT_S, 16)):
-        model = ViT(ViTConfig(**shape)).to(device)
+def augmentation(args):
+    """Augmenting a batch against a training step: at the laptop preset, and the whole of C.3 at ViT-S/16."""
+    cropped = dict(crop_scale=(0.6, 1.0), rand_layers=0, jitter=0.0, mixup=0.0, cutmix=0.0)
+    for title, shape, size, recipe in (("laptop preset, batch 64", LAPTOP_VIT, 64, cropped),
+                                       ("ViT-S/16, batch 16, the whole recipe", VIT_S, 16, {})):
+        model = ViT(ViTConfig(**shape)).to(args.device)
         side, classes = model.config.image_size, model.config.classes
-        images, labels = torch.rand(size, 3, side, side, device=device), torch.randint(classes, (size,), device=device)
-        generator = torch.Generator(device).manual_seed(0)
-        step = training_step(model, lambda: F.cross_entropy(model(images).float(), labels), device, precision)
-        whole = lambda: augment(images, labels, classes, generator, size=side)
-        report(f"augmenting a batch, {title}", in_turns({"training step": step, "augmentation": whole}, 2 * rounds, device),
-               "training step")
+        images = torch.rand(size, 3, side, side, device=args.device)
+        labels = torch.randint(classes, (size,), device=args.device)
+        generator = torch.Generator(args.device).manual_seed(0)
+        step = training_step(model, lambda: F.cross_entropy(model(images).float(), labels), args)
+        build = lambda: augment(images, labels, classes, generator, size=side, **recipe)
+        seconds = in_turns({"training step": step, "augmentation": build}, 2 * args.rounds, args.device)
+        report(f"augmenting a batch, {title}", seconds, "training step")
 
 
 def evaluation_shapes(device):
@@ -200,20 +205,20 @@ def evaluation_shapes(device):
 
 
 @torch.no_grad()
-def outliers(device, precision, rounds):
+def outliers(args):
     """Watching the default taps against a plain validation pass, fp32."""
-    for title, model, tokens in evaluation_shapes(device):
+    for title, model, tokens in evaluation_shapes(args.device):
         def watched():
             with watch(model):
                 model(tokens)
-        seconds = in_turns({"plain pass": lambda: model(tokens), "watched": watched}, 4 * rounds, device)
+        seconds = in_turns({"plain pass": lambda: model(tokens), "watched": watched}, 4 * args.rounds, args.device)
         report(f"watching outliers, {title}", seconds, "plain pass")
 
 
 @torch.no_grad()
-def quant(device, precision, rounds):
+def quant(args):
     """A calibration and a quantized evaluation pass (min-max, W8A8) against floating point, fp32."""
-    for title, model, tokens in evaluation_shapes(device):
+    for title, model, tokens in evaluation_shapes(args.device):
         quantized = quantize_model(copy.deepcopy(model), a_estimator="minmax")
 
         def calibrate():
@@ -224,7 +229,7 @@ def quant(device, precision, rounds):
             with parametrize.cached():
                 quantized(tokens)
         seconds = in_turns({"floating point": lambda: model(tokens), "calibration": calibrate,
-                            "quantized evaluation": evaluate}, 4 * rounds, device)
+                            "quantized evaluation": evaluate}, 4 * args.rounds, args.device)
         report(f"quantized passes, {title}", seconds, "floating point")
 
 

@@ -10,7 +10,6 @@ import statistics
 from itertools import starmap
 from pathlib import Path
 
-import torch
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 

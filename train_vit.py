@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from minq import flags
 from minq.augment import augment
-from minq.errors import UserError, one_line_errors
+from minq.errors import one_line_errors
 from minq.images import Images, load_images
 from minq.model import ViT, ViTConfig
 from minq.outliers import watch

@@ -4,7 +4,6 @@ Batch `step` of a run is a pure function of (seed, step): an interrupted run, or
 processes or micro-batches, sees the same data.
 """
 import hashlib
-import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
