@@ -1,9 +1,9 @@
 """Look at trained runs: the paper's figures (sec. 3, Figures 1-3, 8-14) and the numbers behind them.
 
-    python analyze.py runs/bert-vanilla-s0                               where outliers sit, what each head does
-    python analyze.py runs/bert-vanilla-s0 --layer 2 --head 3            look at that head
-    python analyze.py runs/bert-* --curves                               norms and kurtosis over training
-    python analyze.py runs/bert-vanilla-s0 runs/bert-clipped-s0 --compare    one tap of two runs, and the 8-bit grid
+    python analyze.py runs/bert-vanilla-s0                                   where outliers sit, what each head does
+    python analyze.py runs/bert-vanilla-s0 --layer 2 --head 3                that head at work
+    python analyze.py runs/bert-* --curves                                   norms and kurtosis over training
+    python analyze.py runs/bert-vanilla-s0 runs/bert-clipped-s0 --compare    one activation of both, and the 8-bit grid
 """
 import json
 import shlex
@@ -15,18 +15,18 @@ import numpy as np
 import torch
 
 from minq import flags
-from minq.analysis import (Report, delimiter_share, group_shares, outlier_measures, record, survey, token_groups,
-                           token_names, worst_dimension)
+from minq.analysis import (array, delimiter_share, group_shares, on_patches, outlier_patches, record, survey,
+                           token_groups, token_names, worst_dimension)
 from minq.data import open_data
 from minq.errors import UserError, one_line_errors
 from minq.model import from_checkpoint
-from minq.outliers import is_outlier, watch
+from minq.outliers import NORM_COLUMN, watch
 from minq.quant import affine_parameters
+from minq.report import Report
 from minq.training import load_checkpoint, pick_device, require_same_data, to_device
-from quantize import NORM_COLUMN
 
 BITS = 8      # of the grid that --compare draws
-EXAMPLES = 3  # validation samples that a head is shown on
+EXAMPLES = 2  # validation samples on which a head is shown
 
 
 @one_line_errors
@@ -34,186 +34,203 @@ def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--layer", type=flags.positive, help="look at this layer, from 1; by default the one after the worst outliers")
-    parser.add_argument("--head", type=flags.positive, help="look at this head, from 1; by default the one that owns the worst dimension")
-    parser.add_argument("--gates", action="store_true", help="also show the gates of the layer, token by token (gated runs)")
+    parser.add_argument("--layer", type=flags.positive, help="layer to look at, from 1; by default after the outliers")
+    parser.add_argument("--head", type=flags.positive, help="head to look at, from 1; by default the worst dimension's")
+    parser.add_argument("--gates", action="store_true", help="also show that layer's gates, token by token")
     parser.add_argument("--curves", action="store_true", help="loss, norms and kurtosis of all RUNs against steps")
-    parser.add_argument("--compare", action="store_true", help="one activation of two RUNs, with the 8-bit grid over it")
-    parser.add_argument("--batches", type=flags.positive, help="validation batches of the run's own batch size; by default 16")
+    parser.add_argument("--compare", action="store_true", help="one activation of two RUNs, and the 8-bit grid over it")
+    parser.add_argument("--batches", type=flags.positive, help="validation batches, of the run's own size; default 16")
     parser.add_argument("--data", help="where the runs' data is now")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
     parser.add_argument("--out", help="folder for the pictures; by default figures/ in the (first) run")
-    parser.add_argument("--html", action="store_true", help="also write analysis.html there: pictures and numbers on one page")
+    parser.add_argument("--html", action="store_true", help="also write pictures and numbers as a page, analysis.html")
     args = parser.parse_args(argv)
-    mode = "curves" if args.curves else "compare" if args.compare else "run"
-    check(args, mode)
+    mode = check_mode(args)
 
     report = Report(Path(args.out or Path(args.runs[0], "figures")))
-    {"run": analyze, "curves": curves, "compare": compare}[mode](args, report)
+    mode(args, report)
     if args.html:
-        command = shlex.join(["python", "analyze.py", *(sys.argv[1:] if argv is None else argv)])
-        report.write_page(" and ".join(args.runs), command)
+        typed = sys.argv[1:] if argv is None else argv
+        report.write_page(" and ".join(args.runs), shlex.join(["python", "analyze.py", *typed]))
     report.close()
 
 
-def check(args, mode):
-    """A flag that this mode would not read is an error."""
+def check_mode(args):
+    """Which of the three functions below is asked for. A flag that it would not read is an error."""
     if args.curves and args.compare:
-        raise UserError("--curves and --compare are two different pictures; give one of them")
-    if args.compare and len(args.runs) != 2:
+        raise UserError("--curves and --compare are different pictures; give one of them")
+    mode = curves if args.curves else compare if args.compare else analyze
+    if mode is compare and len(args.runs) != 2:
         raise UserError(f"--compare needs two runs, got {len(args.runs)}: {' '.join(args.runs)}")
-    if mode == "run" and len(args.runs) > 1:
+    if mode is analyze and len(args.runs) > 1:
         raise UserError(f"got {len(args.runs)} runs: give one, or several with --curves, or two with --compare")
-    unread = {"run": (), "curves": ("layer", "head", "gates", "batches", "data", "device"), "compare": ("head", "gates")}[mode]
-    for flag in unread:
-        if getattr(args, flag):
-            raise UserError(f"--{flag} has no meaning with --{mode}")
     if len(set(args.runs)) < len(args.runs):
         raise UserError(f"the same run twice: {' '.join(args.runs)}")
+    unread = {curves: ("layer", "head", "gates", "batches", "data", "device"), compare: ("head", "gates"), analyze: ()}
+    for flag in unread[mode]:
+        if getattr(args, flag):
+            raise UserError(f"--{flag} has no meaning with --{mode.__name__}")
+    return mode
+
+
+def open_run(name, args, device):
+    """(checkpoint, model, data, a function that gives the validation batches) of a run."""
+    checkpoint = load_checkpoint(name)
+    model = from_checkpoint(checkpoint, name).to(device).eval()
+    run_args = checkpoint["args"] | ({"data": args.data} if args.data else {})
+    data = open_data(checkpoint["family"], run_args)
+    if not args.data:
+        require_same_data(run_args["data"], data.sha256, checkpoint)
+    size, batches = run_args["batch_size"], args.batches or 16
+    return checkpoint, model, data, lambda: starmap(data.to_model, data.validation_batches(size, batches))
 
 
 # ---- one run ----
 
 @torch.no_grad()
 def analyze(args, report):
-    # ---- run ----
+    # ---- the run, and all that could be wrong with it ----
     (name,) = args.runs
     device = pick_device(args.device)
     checkpoint, model, data, batches = open_run(name, args, device)
-    config, family, tap = model.config, checkpoint["family"], NORM_COLUMN[checkpoint["family"]]
+    config, family = model.config, checkpoint["family"]
     for flag, chosen, most in (("layer", args.layer, config.layers), ("head", args.head, config.heads)):
         if chosen and chosen > most:
             raise UserError(f"--{flag} {chosen}: {name} has {flag}s 1 to {most}")
     if args.gates and model.layers[0].attention.gate is None:
         raise UserError(f"--gates: {name} has no gates; its attention is {config.attention}")
-    is_text = family != "vit"
-    is_bytes = is_text and checkpoint["args"]["vocab_size"] is None and checkpoint["args"]["data"] != "backcopy"
 
     # ---- measure ----
+    tap = NORM_COLUMN[family]
+    is_text = family != "vit"
     found = survey(model, batches(), device, tap, config.vocab_size if is_text else None)
-    outliers = found["outliers"]
-    any_in = {t: outliers[t]["by_dimension"].sum() > 0 for t in outliers}
-    worst_layer, dimension = worst_dimension(outliers[tap])
-    layer = args.layer - 1 if args.layer else min(worst_layer + 1, config.layers - 1)
-    head = args.head - 1 if args.head else dimension // (config.width // config.heads)
-    names = token_names(data.text, is_bytes) if is_text else ["[CLS]", *map(str, range(config.seq_len - 1))]
+    worst_layer, dimension = worst_dimension(found["outliers"][tap])
+    layer = args.layer - 1 if args.layer else min(worst_layer + 1, config.layers - 1)  # outliers act in the next layer
+    owner = dimension // (config.width // config.heads)
+    head = args.head - 1 if args.head else owner
 
     # ---- where outliers sit ----
+    report.say(f"{name}: {family}, {config.attention} attention, step {checkpoint['step']}, measured on "
+               f"{found['samples']} validation samples of {config.seq_len} tokens.\n"
+               "Layers and heads count from 1, positions and dimensions from 0.")
     settings = {key: value for key, value in checkpoint["args"].items() if value is not None and value is not False}
-    report.say(f"{name}: {family}, {config.attention} attention, step {checkpoint['step']}; measured on {found['samples']} "
-               f"validation samples of {config.seq_len} tokens. Layers and heads count from 1, positions and dimensions from 0.")
-    report.say("trained with " + ", ".join(f"{key} {value}" for key, value in settings.items()))
-    report.heading("where outliers sit (beyond 6 standard deviations)")
-    report.table(["tap", "layer", "inf norm", "kurtosis (not excess)", "outliers a sample", "worst dimension", "its head", "its share of outliers"],
-                 [dimension_row(t, i, outliers[t], found["samples"], config) for t in outliers for i in range(config.layers)])
-    for t in outliers:
-        if not any_in[t]:
-            report.say(f"No value of {t} is an outlier in any layer: the figures of {t} show the largest |x| instead, "
-                       "and the worst dimension is the one with the largest.")
-        kind, quantity = ("by", "outliers") if any_in[t] else ("peak_by", "largest |x|, mean over samples")
-        report.draw(f"outliers-{t}", f"{quantity.capitalize()} of {t} by position and by dimension (Figures 1 and 8b)",
-                    lambda f: f.histograms(outliers[t][f"{kind}_position"], outliers[t][f"{kind}_dimension"], quantity, f"{name}: {t}"))
-    report.draw("norms", "Infinity norm and kurtosis of every layer (Figure 8a)",
-                lambda f: f.norms_by_layer(*({t: outliers[t][m] for t in outliers} for m in ("inf_norm", "kurtosis")), name))
-    kind, quantity = ("by", "outliers") if any_in[tap] else ("peak_by", "largest |x|, mean over samples")
+    report.say("Trained with " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".")
+    report_outliers(report, name, found, config)
     if is_text:
-        report_tokens(report, name, found, token_groups(names, is_bytes), tap, any_in[tap], is_bytes)
+        is_bytes = settings["data"] != "backcopy" and "vocab_size" not in settings
+        names = token_names(data.text, is_bytes)
+        report_tokens(report, name, found, names, tap, is_bytes)
     else:
-        report.draw("patches", f"{quantity.capitalize()} of {tap} over the image (Figure 8c)",
-                    lambda f: f.patch_maps(on_patches(outliers[tap][f"{kind}_position"]), quantity, f"{name}: {tap}"))
+        side = config.image_size // config.patch_size
+        names = ["[CLS]", *(f"{i // side},{i % side}" for i in range(side ** 2))]
+        _, by_position, quantity = histogram_of(found["outliers"][tap])
+        report.draw("patches", f"{quantity} of {tap} over the image (Figure 8c)",
+                    lambda f: f.patch_maps(on_patches(by_position), quantity, f"{name}: {tap}"))
 
-    # ---- what each head does ----
-    report.heading("what each head does, the most idle first")
-    measures = found["heads"]
-    columns = {"update": "update", "sink_rate": "sink rate", "sink_value": "sink's value", "zeros": "zeros %", "ones": "ones %",
-               "score_range": "softmax input range"} | ({"gate": "gate"} if "gate" in measures else {})
-    order = sorted(np.ndindex(config.layers, config.heads), key=lambda at: measures["update"][at])
-    report.table(["layer", "head", *columns.values(), "sink"],
-                 [[at[0] + 1, at[1] + 1] + [f"{measures[key][at] * (100 if key in ('zeros', 'ones') else 1):.3g}" for key in columns]
-                  + [names[found["sinks"][at]]] for at in order])
-    report.say("update: norm of what the head hands on / mean norm of its values; sink rate: share of attention on the "
-               f"most-attended token, mean over queries (even attention over all tokens: {1 / config.seq_len:.3g}); sink's value: "
-               "its norm / mean norm; zeros, ones: of the unmasked probabilities; sink: the commonest one. "
-               "Defined in minq/analysis.py, head_measures.")
-    report.draw("heads", "The mechanism: a sink that takes all and gives nothing is a head that does nothing",
-                lambda f: f.heads(measures["sink_rate"], measures["sink_value"], measures["score_range"], 1 / config.seq_len,
-                                  f"{name}: heads, numbered layer.head"))
-    if found["gate_counts"] is not None:
-        report.draw("gates", "How open the gates are", lambda f: f.gate_histograms(found["gate_counts"], f"{name}: gates"))
-
-    # ---- one head at work ----
+    # ---- what heads do ----
+    report_heads(report, name, found, names, config)
     inputs, _ = to_device(next(batches()), device)
-    count = min(EXAMPLES, len(inputs[0]))
+    inputs = [inputs[0][:EXAMPLES]]  # without the positions that BERT predicts: they count through the whole batch
     with record(model, ("probs", "values", "context", "gate", tap)) as kept:
         model(*inputs)
-    probs, values = kept["probs"][layer][:count, head], kept["values"][layer][:count, head]  # (N, T, T), (N, T, d_head)
-    product = kept["context"][layer].unflatten(-1, (config.heads, -1))[:count, :, head]  # (N, T, d_head)
-    chosen = f"layer {layer + 1}, head {head + 1}"
-    why = f"owns dimension {dimension}, the worst of {tap} in layer {worst_layer + 1}" if not args.layer and not args.head else "as asked"
-    report.heading(f"{chosen} at work ({why})")
-    sequences = [[names[i] for i in row] for row in inputs[0][:count].tolist()] if is_text else [names] * count
+    probs, values = array(kept["probs"][layer][:, head]), array(kept["values"][layer][:, head])  # (N, T, T or d_head)
+    product = array(kept["context"][layer].unflatten(-1, (config.heads, -1))[:, :, head])  # (N, T, d_head)
+    which = f"layer {layer + 1}, head {head + 1}"
+    report.heading(f"{which} at work; the worst dimension of {tap} is {dimension} in layer {worst_layer + 1}, "
+                   f"and head {owner + 1} owns it")
     if is_text:
-        product_name = "probabilities × values" + (" × gate" if kept["gate"][layer] is not None else "")
-        for i in range(count):
-            report.draw(f"head-{i + 1}", f"Attention probabilities, values and their product in {chosen} (Figure 2)", lambda f: f.head_on_text(
-                sequences[i], numpy(probs[i]), numpy(values[i]), numpy(product[i]), product_name, f"{name}: {chosen}, validation sequence {i + 1}"))
+        labels = [[names[i] for i in sequence] for sequence in inputs[0].tolist()]
+        product_name = "probabilities × values" + (" × gate" if "gate" in found["heads"] else "")
+        for i, title in enumerate(f"{name}: {which}, validation sequence {i}" for i in range(len(labels))):
+            report.draw(f"head-{i}", f"Attention probabilities, values and their product, {which} (Figure 2)",
+                        lambda f: f.head_on_text(labels[i], probs[i], values[i], product[i], product_name, title))
     else:
-        report.draw("head", f"Outliers and attention in {chosen} (Figure 3)", lambda f: head_on_images(
-            f, inputs[0][:count], kept[tap][max(layer - 1, 0)][:count], probs, values, f"{name}: {chosen}, and {tap} of layer {max(layer, 1)}"))
+        labels = [names] * len(inputs[0])
+        source = max(layer - 1, 0)  # the activation that enters the layer, except for the first
+        patches = outlier_patches(array(kept[tap][source]), values)
+        attended = on_patches(probs.sum(axis=1))
+        report.draw("head", f"Outliers of {tap} in layer {source + 1} and attention in {which} (Figure 3)",
+                    lambda f: f.head_on_images(array(inputs[0].permute(0, 2, 3, 1)), *patches, attended, probs,
+                                               f"{name}: {tap} of layer {source + 1}, attention in {which}"))
     if args.gates:
-        for i in range(count):
-            report.draw(f"gates-{i + 1}", f"Gates of layer {layer + 1}, token by token", lambda f: f.gates_on_tokens(
-                sequences[i], numpy(kept["gate"][layer][i]), f"{name}: gates of layer {layer + 1}, validation sample {i + 1}"))
-    report.draw("magnitudes", "One sample's activation over channels and tokens (blog, Figure 1)", lambda f: f.magnitudes(
-        {f"{tap} of layer {worst_layer + 1}": numpy(kept[tap][worst_layer][0])}, name))
+        for i, gates in enumerate(array(kept["gate"][layer])):
+            report.draw(f"gates-{i}", f"Gates of layer {layer + 1}, token by token", lambda f: f.gates_on_tokens(
+                labels[i], gates, f"{name}: gates of layer {layer + 1}, validation sample {i}"))
+    report.draw("magnitudes", "Outliers stand in channels (blog, Figure 1)", lambda f: f.magnitudes(
+        {f"{tap} of layer {worst_layer + 1}": array(kept[tap][worst_layer][0])}, f"{name}: one validation sample"))
 
 
-def dimension_row(tap, layer, outliers, samples, config):
-    """A row of the first table; without outliers the worst dimension is the one with the largest mean peak."""
-    counts, peaks = outliers["by_dimension"][layer], outliers["peak_by_dimension"][layer]
-    worst = int(np.argmax(counts if counts.sum() else peaks))
-    return [tap, layer + 1, f"{outliers['inf_norm'][layer]:.3g}", f"{outliers['kurtosis'][layer]:.3g}", f"{counts.sum() / samples:.3g}", worst,
-            worst // (config.width // config.heads) + 1, f"{100 * counts[worst] / counts.sum():.1f}%" if counts.sum() else "none"]
+def histogram_of(outliers):
+    """(by dimension, by position, what it counts): outliers or, where there are none in any layer, the largest |x|."""
+    if outliers["by_dimension"].any():
+        return outliers["by_dimension"], outliers["by_position"], "Outliers"
+    return outliers["peak_by_dimension"], outliers["peak_by_position"], "Largest |x|, mean over samples"
 
 
-def report_tokens(report, name, found, groups, tap, any_outliers, is_bytes):
+def report_outliers(report, name, found, config):
+    """Figures 1 and 8 for both taps."""
+    report.heading("where outliers sit (beyond 6 standard deviations)")
+    rows = []
+    for tap, outliers in found["outliers"].items():
+        for layer, counts in enumerate(outliers["by_dimension"]):
+            worst = int(np.argmax(counts if counts.any() else outliers["peak_by_dimension"][layer]))
+            rows.append([tap, layer + 1, f"{outliers['inf_norm'][layer]:.3g}", f"{outliers['kurtosis'][layer]:.3g}",
+                         f"{counts.sum() / found['samples']:.3g}", worst, worst // (config.width // config.heads) + 1,
+                         f"{100 * counts[worst] / counts.sum():.1f}%" if counts.any() else "none"])
+    report.table(["tap", "layer", "inf norm", "kurtosis (not excess)", "outliers a sample", "worst dimension",
+                  "its head", "its share of outliers"], rows)
+    for tap, outliers in found["outliers"].items():
+        if not outliers["by_dimension"].any():
+            report.say(f"No value of {tap} is an outlier in any layer: the largest |x| stand in for them.")
+        by_dimension, by_position, quantity = histogram_of(outliers)
+        report.draw(f"outliers-{tap}", f"{quantity} of {tap} by position and by dimension (Figures 1 and 8b)",
+                    lambda f: f.histograms(by_position, by_dimension, quantity, f"{name}: {tap}"))
+    norms, kurtoses = ({tap: outliers[metric] for tap, outliers in found["outliers"].items()}
+                       for metric in ("inf_norm", "kurtosis"))
+    report.draw("norms", "Infinity norm and kurtosis of every layer (Figure 8a)",
+                lambda f: f.norms_by_layer(norms, kurtoses, name))
+
+
+def report_tokens(report, name, found, names, tap, is_bytes):
     """Which tokens carry the outliers of all layers, beside how common those tokens are."""
-    counts, quantity = (found["tokens_of_outliers"], f"outliers of {tap}") if any_outliers else (
-        found["tokens_of_peaks"], f"each sample's largest |x| of {tap}")
-    carriers, tokens = group_shares(groups, counts.sum(axis=0)), group_shares(groups, found["tokens"])
-    shown = sorted((group for group in tokens if carriers[group] or tokens[group]), key=lambda group: -carriers[group])
     report.heading("which tokens carry them")
-    report.table(["tokens", quantity, "all tokens"], [[g, f"{100 * carriers[g]:.1f}%", f"{100 * tokens[g]:.1f}%"] for g in shown])
-    if is_bytes:
-        report.say(f"delimiters ([CLS], [SEP], newline, space, punctuation) carry {100 * delimiter_share(carriers):.1f}% of {quantity}; "
-                   f"they are {100 * delimiter_share(tokens):.1f}% of all tokens")
-    report.draw("tokens", f"Which tokens carry {quantity}", lambda f: f.shares(
-        shown, [carriers[g] for g in shown], [tokens[g] for g in shown], quantity, name))
+    counts, quantity = found["tokens_of_outliers"].sum(axis=0), f"outliers of {tap}"
+    if not counts.any():
+        counts, quantity = found["tokens_of_peaks"].sum(axis=0), f"each sample's largest magnitude of {tap}"
+    groups = token_groups(names, is_bytes)
+    carriers, tokens = group_shares(groups, counts), group_shares(groups, found["tokens"])
+    shown = sorted((group for group in tokens if tokens[group]), key=lambda group: -carriers[group])
+    report.table(["tokens", f"share of {quantity}", "share of all tokens"],
+                 [[group, f"{100 * carriers[group]:.1f}%", f"{100 * tokens[group]:.1f}%"] for group in shown])
+    report.say(f"Delimiters ([CLS], [SEP]{', newline, space, punctuation' if is_bytes else ''}) carry "
+               f"{100 * delimiter_share(carriers):.1f}% of {quantity}; "
+               f"they are {100 * delimiter_share(tokens):.1f}% of all tokens.")
+    report.draw("tokens", f"Which tokens carry the {quantity}", lambda f: f.shares(
+        shown, [carriers[group] for group in shown], [tokens[group] for group in shown], quantity, name))
 
 
-def head_on_images(figures, images, x, probs, values, title):
-    """Figure 3 of N images: x (N, T, d) is the activation whose outliers are shown; [CLS] is no patch and left out of maps."""
-    counts = numpy(is_outlier(x).sum(dim=2))[:, 1:]  # (N, patches)
-    peaks = numpy(x.abs().amax(dim=2))[:, 1:]
-    any_outliers = counts.any()
-    marked = counts > 0 if any_outliers else peaks == peaks.max(axis=1, keepdims=True)
-    sizes = numpy(values.abs().mean(dim=2))[:, 1:]  # (N, patches)
-    means = [[size[mark].mean() if mark.any() else np.nan for mark in (m, ~m)] for size, m in zip(sizes, marked)]
-    return figures.head_on_images(numpy(images.permute(0, 2, 3, 1)), on_patches(counts if any_outliers else peaks, cls=False),
-                                  "outliers" if any_outliers else "largest |x| (no outliers)",
-                                  on_patches(numpy(probs.sum(dim=1))[:, 1:], cls=False), numpy(probs), np.array(means),
-                                  ("outlier\npatches" if any_outliers else "largest\n|x|", "other\npatches"), title)
-
-
-def on_patches(positions, cls=True):
-    """(N, T) -> (N, rows, columns): token positions back in the image; `cls`: the first one is [CLS], which has no place in it."""
-    patches = np.asarray(positions)[:, 1 if cls else 0:]
-    side = int(patches.shape[1] ** 0.5)
-    return patches.reshape(len(patches), side, side)
-
-
-def numpy(x):
-    return x.detach().float().cpu().numpy()
+def report_heads(report, name, found, names, config):
+    """The mechanism in numbers: a row per head."""
+    report.heading("what each head does, the most idle first")
+    heads, even = found["heads"], 1 / config.seq_len
+    columns = {"update": "update", "sink_rate": "sink rate", "sink_value": "sink's value", "zeros": "zeros",
+               "ones": "ones", "score_range": "softmax input range", "gate": "gate"}
+    columns = {key: title for key, title in columns.items() if key in heads}
+    by_idleness = sorted(np.ndindex(config.layers, config.heads), key=lambda at: heads["update"][at])
+    report.table(["layer", "head", *columns.values(), "sink"],
+                 [[at[0] + 1, at[1] + 1, *(f"{heads[key][at]:.3g}" for key in columns), names[found["sinks"][at]]]
+                  for at in by_idleness])
+    report.say(f"""\
+update: norm of what a head hands on / mean norm of its values; the smaller, the more idle
+sink: the commonest most-attended token; sink rate: its share of a query's attention (even attention: {even:.3g})
+sink's value: its norm / mean norm; zeros, ones: fraction of the probabilities, those masked left out
+softmax input range: largest - smallest score of a query{"; gate: mean of pi" if "gate" in heads else ""}""")
+    report.draw("heads", "The mechanism: a sink that takes all and gives nothing makes a head that does nothing",
+                lambda f: f.heads(heads["sink_rate"], heads["sink_value"], heads["score_range"], even,
+                                  f"{name}: heads, numbered layer.head"))
+    if "gate" in heads:
+        report.draw("gates", "How open the gates are",
+                    lambda f: f.gate_histograms(found["gate_counts"], f"{name}: gates"))
 
 
 # ---- several runs ----
@@ -229,71 +246,58 @@ def curves(args, report):
         if not lines:
             raise UserError(f"{name}: nothing is logged yet")
         steps, metric = [line["step"] for line in lines], "accuracy" if "accuracy" in lines[0] else "perplexity"
-        runs[name] = {"training loss": (steps, [line["loss"] for line in lines]), metric: (steps, [line[metric] for line in lines])}
+        runs[name] = {"training loss": [line["loss"] for line in lines], metric: [line[metric] for line in lines]}
         for tap in ("ffn_output", "layer_output"):
-            runs[name][f"max inf norm of {tap}"] = (steps, [max(line[tap]["inf_norm"]) for line in lines])
-            runs[name][f"avg kurtosis of {tap}, not excess"] = (steps, [np.mean(line[tap]["kurtosis"]) for line in lines])
-    if len({tuple(quantities) for quantities in runs.values()}) > 1:
-        raise UserError(f"--curves: {' '.join(args.runs)}: some have a perplexity and some an accuracy; give runs of one kind")
+            runs[name][f"max inf norm, {tap}"] = [max(line[tap]["inf_norm"]) for line in lines]
+            runs[name][f"avg kurtosis (not excess), {tap}"] = [np.mean(line[tap]["kurtosis"]) for line in lines]
+        runs[name] = {quantity: (steps, values) for quantity, values in runs[name].items()}
+    quantities = list(runs[args.runs[0]])
+    if any(list(run) != quantities for run in runs.values()):
+        raise UserError(f"--curves {' '.join(args.runs)}: text and images; expected runs with the same metric")
     report.heading("over training: first -> last evaluation")
-    quantities = list(next(iter(runs.values())))
-    report.table(["run", "steps", *quantities], [[name, series[quantities[0]][0][-1]] + [
-        f"{series[q][1][0]:.4g} -> {series[q][1][-1]:.4g}" for q in quantities] for name, series in runs.items()])
+    report.table(["run", "steps", *quantities], [
+        [name, run["training loss"][0][-1], *(f"{values[0]:.4g} -> {values[-1]:.4g}" for _, values in run.values())]
+        for name, run in runs.items()])
     report.draw("curves", "Over training (blog, Figures 3, 5 and 6)", lambda f: f.curves(runs, "over training"))
 
 
 @torch.no_grad()
 def compare(args, report):
-    """One activation of two runs on the first validation batch, and the grid of its smallest and largest value."""
+    """One activation of two runs, on the first validation batch, and the grid from its smallest to largest value."""
     device = pick_device(args.device)
     opened = {name: open_run(name, args, device) for name in args.runs}
-    (first, *_), (second, *_) = opened.values()
-    if first["family"] != second["family"]:
-        raise UserError(f"--compare: {args.runs[0]} is a run of {first['family']}, {args.runs[1]} of {second['family']}; expected one family")
-    tap = NORM_COLUMN[first["family"]]
-    layers = min(model.config.layers for _, model, _, _ in opened.values())
+    families = [checkpoint["family"] for checkpoint, *_ in opened.values()]
+    if families[0] != families[1]:
+        raise UserError(f"--compare {' '.join(args.runs)}: runs of {' and '.join(families)}; expected one family")
+    layers = min(model.config.layers for _, model, *_ in opened.values())
     if args.layer and args.layer > layers:
         raise UserError(f"--layer {args.layer}: these runs have layers 1 to {layers}")
 
-    activations, found = {}, {}
+    # ---- measure ----
+    tap = NORM_COLUMN[families[0]]
+    norms, first = {}, {}  # per run: the metrics of every layer; the activations of the first batch
     for name, (_, model, _, batches) in opened.items():
-        with watch(model, (tap,), outlier_measures) as watched, record(model, (tap,)) as kept:
-            for i, batch in enumerate(batches()):
+        with watch(model, (tap,)) as outliers, record(model, (tap,)) as kept:
+            for batch in batches():
                 model(*to_device(batch, device)[0])
-                if i == 0:
-                    activations[name] = [x[:] for x in kept[tap]]
-        found[name] = watched.mean[tap]
-    layer = args.layer - 1 if args.layer else int(np.argmax(found[args.runs[0]]["inf_norm"][:layers]))
-    activations = {name: activation[layer].float().cpu() for name, activation in activations.items()}  # (B, T, d)
-    grids = {name: affine_parameters(*torch.aminmax(x), BITS) for name, x in activations.items()}
-    scales, zero_points = ({name: grid[i].item() for name, grid in grids.items()} for i in (0, 1))
+                first.setdefault(name, list(kept[tap]))
+        norms[name] = outliers.mean[tap]
+    layer = args.layer - 1 if args.layer else int(np.argmax(norms[args.runs[0]]["inf_norm"][:layers]))
+    x = {name: array(activations[layer]) for name, activations in first.items()}  # (B, T, d)
+    grids = {name: affine_parameters(*torch.aminmax(torch.from_numpy(x[name])), BITS) for name in x}
+    grids = {name: (scale.item(), zero_point.item()) for name, (scale, zero_point) in grids.items()}
 
-    report.heading(f"{tap} of layer {layer + 1}, and the grid of {BITS} bits from its smallest to its largest value")
-    report.table(["run", "inf norm", "kurtosis (not excess)", "grid step", "levels for the middle 99%"],
-                 [[name, f"{found[name]['inf_norm'][layer]:.3g}", f"{found[name]['kurtosis'][layer]:.3g}", f"{scales[name]:.3g}",
-                   levels(x.numpy(), scales[name])] for name, x in activations.items()])
+    # ---- report ----
     title = f"{tap} of layer {layer + 1}"
-    report.draw("grids", f"Histograms of {title}, and the {BITS}-bit grid over them (red)", lambda f: f.grids(
-        {name: numpy(x.flatten()) for name, x in activations.items()}, scales, zero_points, BITS, title))
-    report.draw("magnitudes", f"{title.capitalize()} of the first sample over channels and tokens (blog, Figure 1)",
-                lambda f: f.magnitudes({name: numpy(x[0]) for name, x in activations.items()}, title))
-
-
-def levels(x, scale):
-    """How many grid points lie from the 0.5th to the 99.5th percentile."""
-    low, high = np.percentile(x, (0.5, 99.5))
-    return int(round(high / scale) - round(low / scale)) + 1
-
-
-def open_run(name, args, device):
-    """(checkpoint, model, data, a function that gives the validation batches) of a run."""
-    checkpoint = load_checkpoint(name)
-    model = from_checkpoint(checkpoint, name).to(device).eval()
-    run_args = checkpoint["args"] | ({"data": args.data} if args.data else {})
-    data = open_data(checkpoint["family"], run_args)
-    if not args.data:
-        require_same_data(run_args["data"], data.sha256, checkpoint)
-    return checkpoint, model, data, lambda: starmap(data.to_model, data.validation_batches(run_args["batch_size"], args.batches or 16))
+    report.heading(f"{title}, and a grid of {BITS} bits from its smallest to its largest value")
+    middle = {name: np.percentile(x[name], (0.5, 99.5)) / grids[name][0] for name in x}  # in steps
+    report.table(["run", "inf norm", "kurtosis (not excess)", "grid step", "levels for the middle 99% of values"],
+                 [[name, f"{norms[name]['inf_norm'][layer]:.3g}", f"{norms[name]['kurtosis'][layer]:.3g}",
+                   f"{grids[name][0]:.3g}", int(np.diff(middle[name].round()).item()) + 1] for name in x])
+    report.draw("grids", f"Histograms of {title}, and the {BITS}-bit grid over them (red)",
+                lambda f: f.grids({name: x[name].ravel() for name in x}, grids, BITS, title))
+    report.draw("magnitudes", f"One sample of {title} over channels and tokens (blog, Figure 1)",
+                lambda f: f.magnitudes({name: x[name][0] for name in x}, title))
 
 
 if __name__ == "__main__":

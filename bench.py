@@ -86,14 +86,18 @@ def training_step(model, loss, args):
     return step
 
 
-# ---- groups: a training step against Hugging Face's, and what each attention costs ----
+# ---- groups: a training step against Hugging Face's ----
 
-def bert(args):
-    """BERT-base, batch 8, T 128; ours predicts at the masked positions only."""
+def bert_batch(args):
+    """Batch 8, T 128: our (inputs, targets), and Hugging Face's labels."""
     loader = MaskedText(load_text("stdlib"), 128)
     tokens, labels = loader.train_batch(0, 0, 8)
-    (inputs, positions), targets = to_device(loader.to_model(tokens, labels), args.device)
-    labels = torch.from_numpy(labels).to(args.device)
+    return to_device(loader.to_model(tokens, labels), args.device), torch.from_numpy(labels).to(args.device)
+
+
+def bert(args):
+    """BERT-base; ours predicts at the masked positions only."""
+    ((inputs, positions), targets), labels = bert_batch(args)
 
     def ours(**settings):
         model = Bert(BertConfig(**BERT_BASE, vocab_size=30522, **settings)).to(args.device)
@@ -101,10 +105,11 @@ def bert(args):
 
     def theirs(dropout, attention):
         model = transformers().BertForMaskedLM(transformers().BertConfig(
-            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(args.device)
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+            attn_implementation=attention)).to(args.device).train()
         return model, lambda: model(inputs, labels=labels).loss
 
-    family_steps("BERT-base, batch 8, T 128", ours, theirs, dict(attention="clipped", gamma=-0.03), args)
+    against("BERT-base, batch 8, T 128", ours, theirs, args)
 
 
 def opt(args):
@@ -118,10 +123,10 @@ def opt(args):
 
     def theirs(dropout, attention):
         model = transformers().OPTForCausalLM(transformers().OPTConfig(
-            dropout=dropout, attention_dropout=dropout, attn_implementation=attention)).to(args.device)
+            dropout=dropout, attention_dropout=dropout, attn_implementation=attention)).to(args.device).train()
         return model, lambda: model(tokens, labels=tokens).loss  # shifts the labels by itself
 
-    family_steps("OPT-125m, batch 4, T 512", ours, theirs, dict(attention="clipped", gamma=-4 / 512), args)
+    against("OPT-125m, batch 4, T 512", ours, theirs, args)
 
 
 def vit(args):
@@ -135,10 +140,10 @@ def vit(args):
     def theirs(dropout, attention):
         model = transformers().ViTForImageClassification(transformers().ViTConfig(
             hidden_size=384, num_attention_heads=6, intermediate_size=1536, layer_norm_eps=1e-6, num_labels=1000,
-            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(args.device)
+            hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(args.device).train()
         return model, lambda: model(images, labels=labels).loss
 
-    family_steps("ViT-S/16, batch 16", ours, theirs, dict(attention="clipped", gamma=-0.003), args)
+    against("ViT-S/16, batch 16", ours, theirs, args)
 
 
 def transformers():
@@ -146,26 +151,36 @@ def transformers():
     return transformers
 
 
-def family_steps(title, ours, theirs, clipped, args):
-    def step(pair):
-        model, loss = pair
-        return training_step(model.train(), loss, args)
+def against(title, ours, theirs, args):
+    """Hugging Face's model with either of its attentions, and ours."""
+    for dropout in args.dropout:
+        pairs = {f"Hugging Face, {attention}": theirs(dropout, attention) for attention in ("sdpa", "eager")}
+        pairs["minq"] = ours(dropout=dropout)
+        seconds = in_turns({name: training_step(*pair, args) for name, pair in pairs.items()}, args.rounds, args.device)
+        best = min(("Hugging Face, sdpa", "Hugging Face, eager"), key=lambda name: statistics.median(seconds[name]))
+        report(f"{title}: a training step, {args.precision}, dropout {dropout}", seconds, best)
+
+
+# ---- group: what each attention costs ----
+
+def attention(args):
+    """A training step of BERT-base by attention, against vanilla attention without the fused kernel."""
+    (inputs, positions), targets = bert_batch(args)[0]
+
+    def step(explicit=False, **settings):
+        model = Bert(BertConfig(**BERT_BASE, vocab_size=30522, dropout=dropout, **settings)).to(args.device)
+        if explicit:  # a watched tap keeps the fused kernel away
+            for layer in model.layers:
+                layer.attention.probs_tap.register_forward_hook(lambda *_: None)
+        return training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), args)
 
     for dropout in args.dropout:
-        functions = {f"Hugging Face, {attention}": step(theirs(dropout, attention)) for attention in ("sdpa", "eager")}
-        seconds = in_turns(functions | {"minq, vanilla": step(ours(dropout=dropout))}, args.rounds, args.device)
-        best = min(functions, key=lambda name: statistics.median(seconds[name]))
-        report(f"{title}: a training step, {args.precision}, dropout {dropout} (ratio to Hugging Face's best)", seconds, best)
-
-        explicit, loss = ours(dropout=dropout)
-        for layer in explicit.layers:  # a watched tap keeps the fused kernel away
-            layer.attention.probs_tap.register_forward_hook(lambda *_: None)
-        functions = {"vanilla, explicit": step((explicit, loss)), "vanilla, as chosen": step(ours(dropout=dropout)),
-                     "clipped": step(ours(dropout=dropout, **clipped)),
-                     **{f"gated, {gate}": step(ours(dropout=dropout, attention="gated", gate=gate))
-                        for gate in ("linear", "mlp", "all-heads")}}
-        report(f"{title}: by attention, {args.precision}, dropout {dropout}",
-               in_turns(functions, args.rounds, args.device), "vanilla, explicit")
+        functions = {"vanilla, explicit": step(explicit=True), "vanilla, as chosen": step(),
+                     "clipped": step(attention="clipped", gamma=-0.03),
+                     **{f"gated, {gate}": step(attention="gated", gate=gate) for gate in ("linear", "mlp", "all-heads")}}
+        seconds = in_turns(functions, args.rounds, args.device)
+        report(f"BERT-base, batch 8, T 128, by attention: a training step, {args.precision}, dropout {dropout}",
+               seconds, "vanilla, explicit")
 
 
 # ---- groups: what ought to cost little ----
@@ -233,7 +248,7 @@ def quant(args):
         report(f"quantized passes, {title}", seconds, "floating point")
 
 
-GROUPS = {"bert": bert, "opt": opt, "vit": vit, "data": data, "augment": augmentation, "watch": outliers, "quant": quant}
+GROUPS = {"bert": bert, "opt": opt, "vit": vit, "attention": attention, "data": data, "augment": augmentation, "watch": outliers, "quant": quant}
 
 if __name__ == "__main__":
     main()

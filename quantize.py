@@ -17,12 +17,11 @@ from minq import flags
 from minq.data import open_data
 from minq.errors import UserError, one_line_errors
 from minq.model import from_checkpoint
-from minq.outliers import watch
+from minq.outliers import NORM_COLUMN, watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, calibrating, quantize_model
 from minq.training import evaluate, load_checkpoint, pick_device, require_same_data, to_device
 
 METRIC = {"bert": "perplexity", "opt": "perplexity", "vit": "accuracy"}
-NORM_COLUMN = {"bert": "ffn_output", "opt": "layer_output", "vit": "layer_output"}  # the tensor whose norm Table 2 shows; kurtosis is layer_output's
 CALIBRATION_SEED = 1_000_000          # plus 0, 1, 2: other batches of the training split than training's own order
 
 

@@ -6,15 +6,13 @@
 
 Layers, heads, positions and dimensions count from 0 here; analyze.py adds 1 to layers and heads.
 """
-import base64
-import html
+import math
 import string
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 
-from minq.errors import UserError
 from minq.outliers import is_outlier, norms, outlier_counts, watch
 from minq.training import to_device
 
@@ -27,7 +25,7 @@ DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper'
 
 @contextmanager
 def record(model, taps):
-    """Keep what passed the named taps last: `kept[tap][layer]`. "gate" is pi (B, H, T), None where there is no gate."""
+    """Keep what passed the named taps last: `kept[tap][layer]`. "gate" is pi (B, H, T), None without a gate."""
     kept = {tap: [None] * len(model.layers) for tap in taps}
 
     def hook(tap, layer):
@@ -53,7 +51,8 @@ def record(model, taps):
 
 def outlier_measures(x):
     """For `watch`: the paper's metrics, counts of outliers, and the largest |x| by position and dimension."""
-    return norms(x) | outlier_counts(x) | {"peak_by_position": x.abs().amax(dim=2), "peak_by_dimension": x.abs().amax(dim=1)}
+    peaks = {"peak_by_position": x.abs().amax(dim=2), "peak_by_dimension": x.abs().amax(dim=1)}
+    return norms(x) | outlier_counts(x) | peaks
 
 
 def head_measures(probs, scores, values, context, gate=None, causal=False):
@@ -67,26 +66,28 @@ def head_measures(probs, scores, values, context, gate=None, causal=False):
                  query gives 0 to later tokens, so shares need not sum to 1, and early tokens get more.
     sink_value   the norm of the sink's value vector, divided by the mean norm over all tokens
     zeros, ones  the fraction of probabilities that are exactly 0 and exactly 1. Those that a causal mask
-                 forbids do not count; the first causal query, which has no choice, counts as a one.
+                 forbids do not count, nor does the first causal query, which has no choice
     score_range  a query's largest minus its smallest softmax input, unmasked ones only; mean over queries
     update       the mean norm of what the head hands on, probabilities times values times gate, divided
                  by the mean norm of its values. 0 is a head that does nothing, by whatever means.
     gate         the mean of pi over tokens, only where there is a gate
     """
-    T, heads = probs.shape[2], probs.shape[1]
+    heads, T = probs.shape[1:3]
     allowed = torch.ones(T, T, dtype=torch.bool, device=probs.device)
     if causal:
         allowed = allowed.tril()
+    counted = allowed & (allowed.sum(dim=1, keepdim=True) > 1)  # (T, T)
     share, sink = probs.mean(dim=2).max(dim=-1)  # (B, H)
     lengths = values.norm(dim=-1)  # (B, H, T)
     mean_length = lengths.mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)  # a dead head has none
-    possible = probs[..., allowed]  # (B, H, T^2) or, causal, (B, H, T (T + 1) / 2)
-    spread = scores.masked_fill(~allowed, -torch.inf).amax(dim=-1) - scores.masked_fill(~allowed, torch.inf).amin(dim=-1)
+    possible = probs[..., counted]  # (B, H, T^2) or, causal, (B, H, T (T + 1) / 2 - 1)
+    highest = scores.masked_fill(~allowed, -torch.inf).amax(dim=-1)  # (B, H, T)
+    lowest = scores.masked_fill(~allowed, torch.inf).amin(dim=-1)
     handed_on = context.unflatten(-1, (heads, -1)).norm(dim=-1).mean(dim=1)  # (B, H)
     measures = {"update": handed_on / mean_length, "sink_rate": share,
                 "sink_value": lengths.gather(-1, sink[..., None])[..., 0] / mean_length,
                 "zeros": (possible == 0).float().mean(dim=-1), "ones": (possible == 1).float().mean(dim=-1),
-                "score_range": spread.mean(dim=-1)}
+                "score_range": (highest - lowest).mean(dim=-1)}
     return measures | ({} if gate is None else {"gate": gate.mean(dim=-1)}), sink
 
 
@@ -97,7 +98,7 @@ def survey(model, batches, device, tap, vocab_size=None):
     """Measure outliers and heads over `batches` of (inputs, targets). Returns a dictionary of arrays:
 
     samples                 how many
-    outliers[tap][measure]  outlier_measures of each layer, (L, ...): counts are sums, all else means over samples
+    outliers[tap][measure]  outlier_measures, (L, ...): counts (by_...) are sums, all else means over samples
     heads[measure]          head_measures, (L, H), means over samples
     gate_counts             (L, H, GATE_BINS), a histogram of pi from 0 to 1; None without gates
     sinks                   (L, H), the token id that is most often the sink
@@ -110,7 +111,8 @@ def survey(model, batches, device, tap, vocab_size=None):
     config = model.config
     L, H, n = config.layers, config.heads, vocab_size or config.seq_len
     tokens, of_outliers, of_peaks, sinks = np.zeros(n), np.zeros((L, n)), np.zeros((L, n)), np.zeros((L, H, n))
-    sums, gate_counts, samples = [{} for _ in range(L)], None, 0
+    gate_counts = np.zeros((L, H, GATE_BINS))
+    sums, samples = [{} for _ in range(L)], 0  # sums of head measures over samples, (H,) each
     taps = ("ffn_output", "layer_output")
     with watch(model, taps, outlier_measures) as watched, record(model, HEAD_TAPS + (tap,)) as kept:
         for batch in batches:
@@ -123,7 +125,8 @@ def survey(model, batches, device, tap, vocab_size=None):
             for layer in range(L):
                 x = kept[tap][layer]  # (B, T, d)
                 of_outliers[layer] += bincount(ids, n, weights=is_outlier(x).sum(dim=2))
-                of_peaks[layer] += bincount(ids.gather(1, x.abs().amax(dim=2).argmax(dim=1, keepdim=True)), n)
+                peak = x.abs().amax(dim=2).argmax(dim=1, keepdim=True)  # (B, 1), a position
+                of_peaks[layer] += bincount(ids.gather(1, peak), n)
 
                 values, scores, probs, context, gate = (kept[name][layer] for name in HEAD_TAPS)
                 measures, sink = head_measures(probs, scores, values, context, gate, config.causal)
@@ -132,18 +135,22 @@ def survey(model, batches, device, tap, vocab_size=None):
                 for head in range(H):
                     sinks[layer, head] += bincount(ids.gather(1, sink[:, head, None]), n)
                 if gate is not None:
-                    gate_counts = np.zeros((L, H, GATE_BINS)) if gate_counts is None else gate_counts
                     bins = (gate * GATE_BINS).long().clamp(max=GATE_BINS - 1)  # (B, H, T)
                     gate_counts[layer] += np.stack([bincount(bins[:, head], GATE_BINS) for head in range(H)])
 
-    def total_or_mean(name, layers):
-        return np.stack([layer[name].cpu().numpy() / (1 if name.startswith("by_") else samples) for layer in layers])
+    def over_samples(layers):
+        """Per layer sums -> {measure: (L, ...)}"""
+        return {name: np.stack([array(layer[name]) for layer in layers]) / (1 if name.startswith("by_") else samples)
+                for name in layers[0]}
 
     return {"samples": samples, "tokens": tokens, "tokens_of_outliers": of_outliers, "tokens_of_peaks": of_peaks,
-            "sinks": sinks.argmax(axis=-1), "gate_counts": gate_counts,
-            "heads": {name: total_or_mean(name, sums) for name in sums[0]},
-            "outliers": {name: {measure: total_or_mean(measure, watched.sums[name]) for measure in watched.sums[name][0]}
-                         for name in taps}}
+            "sinks": sinks.argmax(axis=-1), "gate_counts": gate_counts if "gate" in sums[0] else None,
+            "heads": over_samples(sums), "outliers": {name: over_samples(watched.sums[name]) for name in taps}}
+
+
+def array(x):
+    """A tensor as a numpy array of float32."""
+    return x.detach().float().cpu().numpy()
 
 
 def bincount(ids, n, weights=None):
@@ -165,7 +172,8 @@ def worst_dimension(outliers):
 def token_names(text, is_bytes):
     """What to write on an axis for each token id of a Text: characters, or numbers where they are not bytes."""
     marks = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
-    names = [marks.get(chr(i), chr(i) if 32 < i < 127 else f"{i:02x}") if is_bytes else str(i) for i in range(text.vocab_size)]
+    byte = lambda i: marks.get(chr(i), chr(i) if 32 < i < 127 else f"{i:02x}")
+    names = [byte(i) if is_bytes else str(i) for i in range(text.vocab_size)]
     for name in ("pad", "cls", "sep", "mask"):
         names[getattr(text, name)] = f"[{name.upper()}]"
     return names
@@ -173,90 +181,44 @@ def token_names(text, is_bytes):
 
 def token_groups(names, is_bytes):
     """The group of each token: specials by their own names, bytes by their kind, all others "token"."""
-    kinds = {"␣": "space", "↵": "newline"} | dict.fromkeys("⇥␍", "other byte") | dict.fromkeys(string.punctuation, "punctuation")
+    kinds = {"␣": "space", "↵": "newline"} | dict.fromkeys(string.punctuation, "punctuation")
     kinds |= dict.fromkeys(string.ascii_letters, "letter") | dict.fromkeys(string.digits, "digit")
-    is_special = lambda name: name.startswith("[") and len(name) > 1
-    return [name if is_special(name) else kinds.get(name, "other byte") if is_bytes else "token" for name in names]
+    ordinary = lambda name: kinds.get(name, "other byte") if is_bytes else "token"
+    return [name if name in ("[PAD]", "[CLS]", "[SEP]", "[MASK]") else ordinary(name) for name in names]
 
 
 def group_shares(groups, counts):
-    """{group: its share of `counts` (one a token id)}, all zeros if nothing was counted."""
-    total = max(counts.sum(), 1)
-    return {group: float(sum(c for g, c in zip(groups, counts) if g == group) / total) for group in dict.fromkeys(groups)}
+    """{group: its share of `counts`, which has one a token id}; all zeros if nothing was counted."""
+    totals = dict.fromkeys(groups, 0.0)
+    for group, count in zip(groups, counts):
+        totals[group] += float(count)
+    return {group: total / max(counts.sum(), 1) for group, total in totals.items()}
 
 
 def delimiter_share(shares):
     return sum(shares.get(group, 0.0) for group in DELIMITERS)
 
 
-# ---- what a person gets ----
+# ---- tokens that are patches ----
 
-class Report:
-    """Text and tables on the terminal, pictures in a folder, and all of it once more as a page that needs no other file.
+def on_patches(positions):
+    """(N, T) -> (N, rows, columns): tokens back in their places in the image, without the first, [CLS]."""
+    side = math.isqrt(positions.shape[1] - 1)
+    return positions[:, 1:].reshape(-1, side, side)
 
-    Without matplotlib there are no pictures, and `close` says how to get them.
+
+def outlier_patches(x, values):
+    """What Figure 3 shows of N images: x (N, T, d) has the outliers, values (N, T, d_head) are a head's.
+
+    (map (N, rows, columns), its name, mean |value| of outlier and of other patches (N, 2), their names). Where
+    no image has an outlier, the map is the largest |x|, and its largest patch stands in. NaN is a mean of nothing.
     """
-
-    def __init__(self, folder):
-        self.folder, self.parts, self.drawn = folder, [], []
-        try:
-            from minq import figures
-        except ImportError:
-            figures = None
-        self.figures = figures
-
-    def heading(self, text):
-        print(f"\n{text}\n")
-        self.parts.append(f"<h2>{html.escape(text)}</h2>")
-
-    def say(self, text):
-        print(text)
-        self.parts.append(f"<p>{html.escape(text)}</p>")
-
-    def table(self, header, rows):
-        """In Markdown, as quantize.py prints them."""
-        print("\n".join("| " + " | ".join(map(str, row)) + " |" for row in (header, ["---"] * len(header), *rows)) + "\n")
-        cells = [[html.escape(str(cell)) for cell in row] for row in (header, *rows)]
-        self.parts.append("<table>" + "".join(f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells) + "</table>")
-
-    def draw(self, name, caption, make):
-        """Save the Figure that `make(figures)` returns as name.png."""
-        if self.figures is None:
-            return
-        png = self.figures.png(make(self.figures))
-        self.write(f"{name}.png", png)
-        source = base64.b64encode(png).decode()
-        self.parts.append(f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{source}">'
-                          f"<figcaption>{html.escape(caption)}</figcaption></figure>")
-
-    def write(self, name, content):
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_bytes(content)
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
-        self.drawn.append(name)
-
-    def write_page(self, title, command):
-        """analysis.html, with the command that made it."""
-        title, body = html.escape(title), "\n".join(self.parts)
-        page = (f'<!doctype html>\n<html lang="en"><meta charset="utf-8"><title>{title}</title>\n<style>{PAGE_STYLE}</style>\n'
-                f"<h1>{title}</h1>\n<p>Made by <code>{html.escape(command)}</code></p>\n{body}\n</html>\n")
-        self.write("analysis.html", page.encode())
-
-    def close(self):
-        if self.figures is None:
-            print("no pictures: matplotlib is missing; get it with: pip install -e '.[plots]'")
-        if self.drawn:
-            print(f"in {self.folder}: {' '.join(self.drawn)}")
-
-
-PAGE_STYLE = """
-body { max-width: 70rem; margin: 2rem auto; padding: 0 1rem; font: 1rem/1.5 system-ui, sans-serif; }
-table { border-collapse: collapse; font-size: 0.9rem; }
-td { padding: 0.1rem 0.7rem; border-bottom: 1px solid #ccc; text-align: right; }
-tr:first-child { font-weight: bold; }
-img { max-width: 100%; }
-figure { margin: 1.5rem 0; }
-figcaption { color: #444; }
-"""
+    outliers = is_outlier(torch.from_numpy(x)).sum(dim=2).numpy()  # (N, T)
+    peaks, sizes = np.abs(x).max(axis=2), np.abs(values).mean(axis=2)[:, 1:]
+    found = outliers[:, 1:].any()
+    marked = outliers[:, 1:] > 0 if found else peaks[:, 1:] == peaks[:, 1:].max(axis=1, keepdims=True)
+    means = np.array([[size[part].mean() if part.any() else np.nan for part in (mark, ~mark)]
+                      for size, mark in zip(sizes, marked)])
+    if found:
+        return on_patches(outliers), "outliers", means, ("outlier", "others")
+    return on_patches(peaks), "largest |x|", means, ("largest", "others")

@@ -13,8 +13,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000"
-COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK)
+COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
+    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 AMOUNT, SIGNED = "viridis", "PuOr"  # colour maps: from 0 up, and symmetric about 0
 MOST_LABELS = 64                    # more characters than that on an axis cannot be read
@@ -32,6 +32,11 @@ def sheet(title, rows, columns, width, height, **options):
     return figure, axes
 
 
+def line_style(i):
+    """Told apart by dashes, too."""
+    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
+
+
 def png(figure):
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -46,9 +51,12 @@ def histograms(by_position, by_dimension, quantity, title):
     """A row per layer, counts over positions (L, T) and over dimensions (L, d); each column on one scale."""
     layers = len(by_position)
     figure, axes = sheet(title, layers, 2, 9, 1 + 1.1 * layers, sharex="col", sharey="col")
-    for column, (counts, colour, name) in enumerate(((by_position, BLUE, "token position"), (by_dimension, GREEN, "hidden dimension"))):
+    columns = ((by_position, BLUE, "token position"), (by_dimension, GREEN, "hidden dimension"))
+    for column, (counts, colour, name) in enumerate(columns):
         for layer, ax in enumerate(axes[:, column]):
-            ax.bar(range(len(counts[layer])), counts[layer], width=1, color=colour, edgecolor=colour, linewidth=0.5)
+            edges = np.arange(len(counts[layer]) + 1) - 0.5
+            ax.stairs(counts[layer], edges, fill=True, color=colour, linewidth=0.5)  # the line keeps a lone one visible
+            ax.set_ylim(0, 1.05 * above_zero(np.max(counts)))
             worst = int(np.argmax(counts[layer]))
             what = f"most at {worst}" if counts[layer][worst] > 0 else "none"
             ax.set_title(f"layer {layer + 1}: {what}", fontsize=8, loc="right", pad=2)
@@ -61,9 +69,10 @@ def histograms(by_position, by_dimension, quantity, title):
 def norms_by_layer(norms, kurtoses, title):
     """The infinity norm (8a) and the kurtosis of each layer, {tap: (L,)} each."""
     figure, axes = sheet(title, 1, 2, 9, 3)
-    for ax, series, name in zip(axes[0], (norms, kurtoses), ("infinity norm, mean over samples", "kurtosis, not excess (log scale)")):
-        for (tap, values), colour, line in zip(series.items(), COLOURS, LINES):
-            ax.plot(range(1, len(values) + 1), values, marker="o", color=colour, linestyle=line, label=tap)
+    labels = ("infinity norm, mean over samples", "kurtosis, not excess (log scale)")
+    for ax, series, name in zip(axes[0], (norms, kurtoses), labels):
+        for i, (tap, values) in enumerate(series.items()):
+            ax.plot(range(1, len(values) + 1), values, marker="o", **line_style(i), label=tap)
         ax.set(xlabel="layer", ylabel=name, xticks=range(1, len(values) + 1))
     axes[0, 0].set_ylim(bottom=0)
     axes[0, 1].set_yscale("log")
@@ -98,8 +107,8 @@ def shares(groups, of_outliers, of_tokens, quantity, title):
 @style
 def patch_maps(maps, quantity, title):
     """A heatmap over the image per layer, (L, rows, columns), all in one scale (8c)."""
-    columns = min(4, len(maps))
-    figure, axes = sheet(title, math.ceil(len(maps) / columns), columns, 2.3 * columns, 0.7 + 2.3 * math.ceil(len(maps) / columns))
+    rows, columns = rows_and_columns(len(maps))
+    figure, axes = sheet(title, rows, columns, 2.3 * columns, 0.7 + 2.3 * rows)
     for ax in axes.flat[len(maps):]:
         ax.set_axis_off()
     for layer, values in enumerate(maps):
@@ -107,6 +116,11 @@ def patch_maps(maps, quantity, title):
         axes.flat[layer].set(title=f"layer {layer + 1}", xticks=[], yticks=[])
     figure.colorbar(picture, ax=axes, label=quantity, shrink=0.8)
     return figure
+
+
+def rows_and_columns(panels):
+    columns = min(4, panels)
+    return math.ceil(panels / columns), columns
 
 
 def above_zero(x):
@@ -118,26 +132,29 @@ def above_zero(x):
 
 def label_tokens(axis, labels):
     step = math.ceil(len(labels) / MOST_LABELS)
-    axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=6, family="monospace", parse_math=False)
+    axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=5.5, family="monospace", parse_math=False)
     axis.set_tick_params(length=0, pad=1)
+    if axis.axis_name == "x":
+        for label in axis.get_ticklabels():
+            label.set_rotation(90 if len(label.get_text()) > 1 else 0)
 
 
 @style
 def head_on_text(labels, probs, values, product, product_name, title):
-    """Attention probabilities (T, T), values and product (T, d_head) of one sequence; the last two in one scale (Figure 2)."""
-    figure, axes = sheet(title, 1, 3, 11, 5.8, width_ratios=(2, 1, 1))
+    """Attention probabilities (T, T), values and product (T, d_head) of a sequence, both in one scale (Figure 2)."""
+    figure, axes = sheet(title, 1, 3, 11, 6.4, width_ratios=(2, 1, 1))
     largest = above_zero(max(np.abs(values).max(), np.abs(product).max()))
     panels = ((probs, "attention probabilities", dict(cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(probs)))),
               (values, "values", dict(cmap=SIGNED, vmin=-largest, vmax=largest)),
               (product, product_name, dict(cmap=SIGNED, vmin=-largest, vmax=largest)))
-    for ax, (array, name, scale) in zip(axes[0], panels):
-        picture = ax.imshow(array, aspect="auto", interpolation="nearest", **scale)
+    for ax, (x, name, scale) in zip(axes[0], panels):
+        picture = ax.imshow(x, aspect="auto", interpolation="nearest", **scale)
         ax.set_title(name)
-        label_tokens(ax.yaxis, labels)
         if name != "values":  # its neighbour has the same scale
             figure.colorbar(picture, ax=ax, location="right", shrink=0.6, aspect=30)
-    label_tokens(axes[0, 0].xaxis, labels)
-    axes[0, 0].tick_params(axis="x", rotation=90)
+    for axis in (axes[0, 0].xaxis, axes[0, 0].yaxis, axes[0, 1].yaxis):
+        label_tokens(axis, labels)
+    axes[0, 2].set_yticks([])  # its rows are its neighbour's
     axes[0, 0].set(xlabel="attended to (key)", ylabel="attends (query)")
     axes[0, 1].set_xlabel("dimension of the head (from 0)")
     axes[0, 2].set_xlabel("dimension of the head (from 0)")
@@ -145,15 +162,15 @@ def head_on_text(labels, probs, values, product, product_name, title):
 
 
 @style
-def head_on_images(images, outliers, outlier_name, cumulative, probs, magnitudes, magnitude_names, title):
+def head_on_images(images, outliers, outlier_name, magnitudes, magnitude_names, cumulative, probs, title):
     """A row per image: the image (N, h, w, 3), outliers and cumulative attention over patches (N, rows, columns),
     probabilities (N, T, T), and the mean |value| of two kinds of patches (N, 2), NaN where there is none (Figure 3)."""
-    figure, axes = sheet(title, len(images), 5, 11, 0.6 + 2.1 * len(images), squeeze=False)
+    figure, axes = sheet(title, len(images), 5, 11, 0.6 + 2.1 * len(images))
     names = ("input image", outlier_name, "cumulative attention", "attention probabilities", "mean |value|")
     for row, line in enumerate(axes):
         line[0].imshow(images[row])
         for ax, arrays in zip(line[1:4], (outliers, cumulative, probs)):
-            picture = ax.imshow(arrays[row], cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(arrays)), interpolation="nearest")
+            picture = ax.imshow(arrays[row], cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(arrays)))
             figure.colorbar(picture, ax=ax, shrink=0.7)
         for ax in line[:4]:
             ax.set(xticks=[], yticks=[])
@@ -178,14 +195,17 @@ def heads(sink_rate, sink_value, score_range, even, title):
     points = ax.scatter(sink_rate, sink_value, c=score_range, cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(score_range)),
                         s=45, edgecolor="black", linewidth=0.5)
     for at in np.ndindex(np.shape(sink_rate)):
-        ax.annotate(f"{at[0] + 1}.{at[1] + 1}", (sink_rate[at], sink_value[at]), (4, 4), textcoords="offset points", fontsize=7)
+        ax.annotate(f"{at[0] + 1}.{at[1] + 1}", (sink_rate[at], sink_value[at]), (4, 4), textcoords="offset points",
+                    fontsize=7)
     ax.axvline(even, color="grey", linestyle=":", linewidth=1)
-    ax.annotate("even attention", (even, 1), (3, -3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                rotation=90, va="top", fontsize=7, color="dimgrey")
+    ax.annotate("even attention", (even, 0), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
+                rotation=90, va="bottom", fontsize=7, color="dimgrey")
     ax.axhline(1, color="grey", linestyle=":", linewidth=1)
-    ax.set(xlabel="sink rate: share of attention on the most-attended token", ylabel="norm of its value / mean norm")
-    ax.set_xlim(0, 1.02)
-    ax.set_ylim(bottom=0)
+    ax.set(xlabel="sink rate: share of attention on the most-attended token (log scale)", xscale="log",
+           ylabel="norm of its value / mean norm")
+    plain_log_ticks(ax.xaxis)
+    ax.set_xlim(min(even, np.min(sink_rate[sink_rate > 0], initial=even)) / 1.1, 1.1)
+    ax.set_ylim(0, above_zero(1.1 * np.max(sink_value)))
     figure.colorbar(points, ax=ax, label="softmax input range")
     return figure
 
@@ -194,15 +214,15 @@ def heads(sink_rate, sink_value, score_range, even, title):
 def gate_histograms(counts, title):
     """How open the gates are: (L, H, bins), counts over [0, 1]; a panel per layer, a line per head."""
     layers, n_heads, bins = counts.shape
-    columns = min(4, layers)
-    figure, axes = sheet(title, math.ceil(layers / columns), columns, 9, 0.7 + 2.2 * math.ceil(layers / columns), sharex=True, sharey=True)
+    rows, columns = rows_and_columns(layers)
+    figure, axes = sheet(title, rows, columns, 9, 0.7 + 2.2 * rows, sharex=True, sharey=True)
     for ax in axes.flat[layers:]:
         ax.set_axis_off()
     percent = 100 * counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
     for layer in range(layers):
         for head in range(n_heads):
-            axes.flat[layer].stairs(percent[layer, head], np.linspace(0, 1, bins + 1), color=COLOURS[head % len(COLOURS)],
-                                    linestyle=LINES[head % len(LINES)], linewidth=1.5, label=f"head {head + 1}")
+            axes.flat[layer].stairs(percent[layer, head], np.linspace(0, 1, bins + 1), linewidth=1.5,
+                                    **line_style(head), label=f"head {head + 1}")
         axes.flat[layer].set(title=f"layer {layer + 1}", xlabel="gate π")
     axes.flat[0].set_ylabel("share of tokens (%)")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper")
@@ -225,7 +245,7 @@ def gates_on_tokens(labels, gates, title):
 
 @style
 def magnitudes(activations, title):
-    """|x| of one sample over channels and tokens, {run: (T, d)}, in one scale: outliers stand in channels (blog, Figure 1)."""
+    """|x| of one sample over channels and tokens, {name: (T, d)}, in one scale (blog, Figure 1)."""
     figure, axes = sheet(title, len(activations), 1, 9, 0.7 + 2.4 * len(activations))
     largest = above_zero(max(np.abs(x).max() for x in activations.values()))
     for ax, (name, x) in zip(axes[:, 0], activations.items()):
@@ -237,26 +257,28 @@ def magnitudes(activations, title):
 
 
 @style
-def grids(values, scales, zero_points, n_bits, title):
-    """Histograms of one tap, {run: (N,)}, a column per run, with the quantization grid drawn over them.
+def grids(values, parameters, n_bits, title):
+    """Histograms of one tap, {run: (N,)}, a column per run, and the grid of {run: (scale, zero point)} over them.
 
-    Above all values, the grid as a comb at the bottom; below the 16 finest steps on both sides of 0.
-    Rows share their axes, so that one sees the same distance cut into fewer steps.
+    Above all values; below those within 16 of the finer grid's steps of 0. Rows share their axes: one sees the
+    same distance cut into fewer steps.
     """
     figure, axes = sheet(title, 2, len(values), 4.5 * len(values), 5.5, sharex="row", sharey="row")
     low, high = min(x.min() for x in values.values()), max(x.max() for x in values.values())
-    near = 16 * min(scales.values())
+    near = 16 * min(scale for scale, _ in parameters.values())
     for column, (name, x) in enumerate(values.items()):
-        points = scales[name] * (np.arange(2 ** n_bits) - zero_points[name])
-        for ax, (left, right), top in zip(axes[:, column], ((low, high), (-near, near)), (0.07, 1)):
-            ax.hist(x, bins=np.linspace(left, right, 97), color=SKY, log=True)
-            shown = points[(points >= left) & (points <= right)]
-            ax.vlines(shown, 0, top, transform=ax.get_xaxis_transform(), color=RED, linewidth=0.5)
-        axes[0, column].set_title(f"{name}\nstep {scales[name]:.3g}", parse_math=False)
-        axes[1, column].set_title(f"near 0: {len(shown)} of {2 ** n_bits} grid points")
-        axes[1, column].set(xlim=(-near, near), xlabel="value")
+        scale, zero_point = parameters[name]
+        points = scale * (np.arange(2 ** n_bits) - zero_point)
+        shown = points[np.abs(points) <= near]
+        whole, zoom = axes[:, column]
+        whole.hist(x, bins=np.linspace(low, high, 97), color=SKY, log=True)
+        whole.vlines(points[::16], 0, 0.1, transform=whole.get_xaxis_transform(), color=RED, linewidth=1)
+        whole.set_title(f"{name}\nstep {scale:.3g}; every 16th grid point in red", parse_math=False)
+        zoom.hist(x, bins=np.linspace(-near, near, 97), color=SKY)
+        zoom.vlines(shown, 0, 1, transform=zoom.get_xaxis_transform(), color=RED, linewidth=0.7)
+        zoom.set(title=f"near 0: {len(shown)} of {2 ** n_bits} grid points", xlim=(-near, near), xlabel="value")
     axes[0, 0].set_ylabel("values (log scale)")
-    axes[1, 0].set_ylabel("values (log scale)")
+    axes[1, 0].set_ylabel("values")
     return figure
 
 
@@ -265,13 +287,15 @@ def curves(runs, title):
     """{run: {quantity: (steps, values)}}: a panel per quantity, a line per run (blog, Figures 3, 5 and 6). Norms,
     kurtoses and perplexities on log scales."""
     quantities = list(next(iter(runs.values())))
-    columns = 2
-    figure, axes = sheet(title, math.ceil(len(quantities) / columns), columns, 9, 0.9 + 2.5 * math.ceil(len(quantities) / columns))
+    rows = math.ceil(len(quantities) / 2)
+    figure, axes = sheet(title, rows, 2, 9, 0.9 + 2.5 * rows)
+    for ax in axes.flat[len(quantities):]:
+        ax.set_axis_off()
     for ax, quantity in zip(axes.flat, quantities):
         for i, (name, series) in enumerate(runs.items()):
-            ax.plot(*series[quantity], marker=".", color=COLOURS[i % len(COLOURS)], linestyle=LINES[i % len(LINES)], label=name)
+            ax.plot(*series[quantity], marker=".", **line_style(i), label=name)
         logarithmic = quantity.startswith(("perplexity", "max inf", "avg kurtosis"))
-        ax.set(xlabel="step", ylabel=quantity + (" (log scale)" if logarithmic else ""))
+        ax.set(xlabel="step", title=quantity + (" (log scale)" if logarithmic else ""))
         if logarithmic:
             ax.set_yscale("log")
             plain_log_ticks(ax.yaxis)
