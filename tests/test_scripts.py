@@ -275,6 +275,17 @@ def test_vit_killed_and_resumed_equals_uninterrupted(cifar, tmp_path):
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("family", ["bert", "opt", "vit"])
+def test_every_attention_flag_reaches_the_model(corpus, cifar, tmp_path, family):
+    small = [*VIT, "--data", cifar] if family == "vit" else [*SMALL, "--data", corpus]
+    for attention, settings in (("clipped", {"gamma": -0.02, "zeta": 1.01}),
+                                ("gated", {"gate": "mlp", "gate_hidden": 3, "gate_init": 0.25})):
+        options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
+        run(f"train_{family}.py", *small, "--steps", 1, "--attention", attention, *options, "--out", tmp_path / attention)
+        config = torch.load(tmp_path / attention / "checkpoint.pt", weights_only=True)["config"]
+        assert {name: config[name] for name in settings} == settings and config["attention"] == attention
+
+
 def test_three_families_in_one_table(corpus, cifar, tmp_path):
     train(corpus, tmp_path / "bert")
     run("train_opt.py", *SMALL, "--data", corpus, "--out", tmp_path / "opt")
