@@ -17,13 +17,12 @@ import torch
 from minq import flags
 from minq.analysis import (array, delimiter_share, group_shares, on_patches, outlier_patches, record, survey,
                            token_groups, token_names, worst_dimension)
-from minq.data import open_data
 from minq.errors import UserError, one_line_errors
-from minq.model import from_checkpoint
 from minq.outliers import NORM_COLUMN, watch
 from minq.quant import affine_parameters
 from minq.report import Report
-from minq.training import load_checkpoint, pick_device, require_same_data, to_device
+from minq.runs import open_run
+from minq.training import pick_device, to_device
 
 BITS = 8      # of the grid that --compare draws
 EXAMPLES = 2  # validation samples on which a head is shown
@@ -73,15 +72,10 @@ def check_mode(args):
     return mode
 
 
-def open_run(name, args, device):
+def open_batches(name, args, device):
     """(checkpoint, model, data, a function that gives the validation batches) of a run."""
-    checkpoint = load_checkpoint(name)
-    model = from_checkpoint(checkpoint, name).to(device).eval()
-    run_args = checkpoint["args"] | ({"data": args.data} if args.data else {})
-    data = open_data(checkpoint["family"], run_args)
-    if not args.data:
-        require_same_data(run_args["data"], data.sha256, checkpoint)
-    size, batches = run_args["batch_size"], args.batches or 16
+    checkpoint, model, data = open_run(name, device, args.data)
+    size, batches = checkpoint["args"]["batch_size"], args.batches or 16
     return checkpoint, model, data, lambda: starmap(data.to_model, data.validation_batches(size, batches))
 
 
@@ -92,7 +86,7 @@ def analyze(args, report):
     # ---- the run, and all that could be wrong with it ----
     (name,) = args.runs
     device = pick_device(args.device)
-    checkpoint, model, data, batches = open_run(name, args, device)
+    checkpoint, model, data, batches = open_batches(name, args, device)
     config, family = model.config, checkpoint["family"]
     for flag, chosen, most in (("layer", args.layer, config.layers), ("head", args.head, config.heads)):
         if chosen and chosen > most:
@@ -265,7 +259,7 @@ def curves(args, report):
 def compare(args, report):
     """One activation of two runs, on the first validation batch, and the grid from its smallest to largest value."""
     device = pick_device(args.device)
-    opened = {name: open_run(name, args, device) for name in args.runs}
+    opened = {name: open_batches(name, args, device) for name in args.runs}
     families = [checkpoint["family"] for checkpoint, *_ in opened.values()]
     if families[0] != families[1]:
         raise UserError(f"--compare {' '.join(args.runs)}: runs of {' and '.join(families)}; expected one family")

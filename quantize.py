@@ -14,12 +14,11 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from minq import flags
-from minq.data import open_data
 from minq.errors import UserError, one_line_errors
-from minq.model import from_checkpoint
 from minq.outliers import NORM_COLUMN, watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, calibrating, quantize_model
-from minq.training import evaluate, load_checkpoint, pick_device, require_same_data, to_device
+from minq.runs import open_run
+from minq.training import evaluate, pick_device, to_device
 
 METRIC = {"bert": "perplexity", "opt": "perplexity", "vit": "accuracy"}
 CALIBRATION_SEED = 1_000_000          # plus 0, 1, 2: other batches of the training split than training's own order
@@ -51,19 +50,11 @@ def main(argv=None):
                   else [(args.w_estimator, args.a_estimator)])
 
     # ---- every run, and all that could be wrong with it ----
-    loaded = []
-    for name in args.runs:
-        checkpoint = load_checkpoint(name)
-        model = from_checkpoint(checkpoint, name).to(device).eval()
-        run_args = checkpoint["args"] | ({"data": args.data} if args.data else {})
-        data = open_data(checkpoint["family"], run_args)
-        if not args.data:
-            require_same_data(run_args["data"], data.sha256, checkpoint)
-        loaded.append((name, checkpoint, model, data))
+    opened = {name: open_run(name, device, args.data) for name in args.runs}
 
     rows = []
-    progress = tqdm(total=len(loaded) * len(widths) * len(estimators) * args.seeds, unit="model")
-    for name, checkpoint, model, data in loaded:
+    progress = tqdm(total=len(opened) * len(widths) * len(estimators) * args.seeds, unit="model")
+    for name, (checkpoint, model, data) in opened.items():
         batch_size = checkpoint["args"]["batch_size"]
         metric = METRIC[checkpoint["family"]]
         sign = -1 if metric == "accuracy" else 1  # of "smaller is better"

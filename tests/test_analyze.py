@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import minq
-from analyze import open_run
+from analyze import open_batches
 from minq import analysis, figures
 from minq.data import load_text
 from minq.model import from_checkpoint
@@ -293,7 +293,7 @@ def test_compare(runs, tmp_path):
                  "--out", tmp_path)
     assert pictures(tmp_path) == {"grids", "magnitudes"} and "ffn_output of layer 2" in out
     model = from_checkpoint(load_checkpoint(runs / "clipped"), "").eval()
-    *_, batches = open_run(runs / "clipped", Namespace(data=None, batches=1), "cpu")
+    *_, batches = open_batches(runs / "clipped", Namespace(data=None, batches=1), "cpu")
     with analysis.record(model, ("ffn_output",)) as kept, torch.no_grad():
         model(*next(batches())[0])
     x = kept["ffn_output"][1].numpy()
