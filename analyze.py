@@ -241,6 +241,7 @@ def curves(args, report):
             raise UserError(f"{name}: nothing is logged yet")
         steps, metric = [line["step"] for line in lines], "accuracy" if "accuracy" in lines[0] else "perplexity"
         runs[name] = {"training loss": [line["loss"] for line in lines], metric: [line[metric] for line in lines]}
+        runs[name]["max inf norm, layer_input"] = [max(line["layer_input"]["inf_norm"]) for line in lines]
         for tap in ("ffn_output", "layer_output"):
             runs[name][f"max inf norm, {tap}"] = [max(line[tap]["inf_norm"]) for line in lines]
             runs[name][f"avg kurtosis (not excess), {tap}"] = [np.mean(line[tap]["kurtosis"]) for line in lines]

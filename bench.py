@@ -5,10 +5,12 @@
     python bench.py data augment watch quant      what costs little
 
 Each ratio is the median over rounds in which the two take turns; machines drift, ratios less so.
-The groups bert, opt and vit compare with Hugging Face: pip install -e '.[peers]'.
+The groups bert, opt and vit compare with Hugging Face, fakequant with torchao: pip install -e '.[peers]'.
 """
 import argparse
 import copy
+import multiprocessing
+import resource
 import statistics
 import time
 
@@ -20,7 +22,7 @@ from minq.augment import augment
 from minq.data import CausalText, MaskedText, load_text
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
 from minq.outliers import watch
-from minq.quant import calibrating, quantize_model
+from minq.quant import calibrating, fake_quantize_training, quantize_model
 from minq.training import autocast, parameter_groups, pick_device, pick_precision, to_device
 
 BERT_BASE = dict(layers=12, width=768, heads=12, ffn=3072, seq_len=128)
@@ -183,6 +185,52 @@ def attention(args):
                seconds, "vanilla, explicit")
 
 
+# ---- group: training in eight bits ----
+
+def fake_quant(args):
+    """A fake-quantized training step of BERT-base against floating point, and its memory."""
+    (inputs, positions), targets = bert_batch(args)[0]
+
+    def step(kind):
+        model = FAKE_QUANTIZED[kind](Bert(BertConfig(**BERT_BASE, vocab_size=30522)).to(args.device))
+        return training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), args)
+
+    seconds = in_turns({kind: step(kind) for kind in FAKE_QUANTIZED}, args.rounds, args.device)
+    report(f"BERT-base, batch 8, T 128: a training step, {args.precision}", seconds, "floating point")
+
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each, for its peak
+        peaks = {kind: pool.apply(peak_memory, (kind, args)) for kind in FAKE_QUANTIZED}
+    print("\nthe same, peak memory of three steps")
+    for kind, peak in peaks.items():
+        print(f"  {kind:42s} {peak / 2 ** 20:9.0f} MiB  {peak / peaks['floating point']:5.2f}x")
+
+
+def peak_memory(kind, args):
+    """Bytes that three training steps need at most: on a GPU, or of this process."""
+    (inputs, positions), targets = bert_batch(args)[0]
+    model = FAKE_QUANTIZED[kind](Bert(BertConfig(**BERT_BASE, vocab_size=30522)).to(args.device))
+    step = training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), args)
+    for _ in range(3):
+        step()
+    if args.device.type == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def torchao(model):
+    """torchao's QAT fake-quantizers on the same Linears: activations per token, weights per channel. It does less:
+    queries, keys, probabilities and values stay in floating point."""
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    config = QATConfig(activation_config=IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
+                       weight_config=IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True), step="prepare")
+    quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and name != model.final_linear)
+    return model
+
+
+FAKE_QUANTIZED = {"floating point": lambda model: model, "minq": fake_quantize_training, "torchao's QAT": torchao}
+
+
 # ---- groups: what ought to cost little ----
 
 def data(args):
@@ -246,7 +294,8 @@ def quant(args):
         report(f"quantized passes, {title}", seconds, "floating point")
 
 
-GROUPS = {"bert": bert, "opt": opt, "vit": vit, "attention": attention, "data": data, "augment": augmentation, "watch": outliers, "quant": quant}
+GROUPS = {"bert": bert, "opt": opt, "vit": vit, "attention": attention, "fakequant": fake_quant,
+          "data": data, "augment": augmentation, "watch": outliers, "quant": quant}
 
 if __name__ == "__main__":
     main()

@@ -28,10 +28,9 @@ CALIBRATION_SEED = 1_000_000          # plus 0, 1, 2: other batches of the train
 def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
-    bits = flags.number(int, low=2, high=16)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
-    parser.add_argument("--w-bits", type=bits, default=8, help="bits of weights, 2 to 16")
-    parser.add_argument("--a-bits", type=bits, default=8, help="bits of activations, 2 to 16")
+    parser.add_argument("--w-bits", type=flags.bits, default=8, help="bits of weights, 2 to 16")
+    parser.add_argument("--a-bits", type=flags.bits, default=8, help="bits of activations, 2 to 16")
     parser.add_argument("--sweep", action="store_true", help="weights and activations at 8, 7, 6, 5 and 4 bits")
     parser.add_argument("--w-estimator", choices=W_ESTIMATORS, default="minmax", help="range of weights (sec. C.4)")
     parser.add_argument("--a-estimator", choices=A_ESTIMATORS, default="running", help="range of activations (sec. C.4)")

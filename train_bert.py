@@ -19,9 +19,10 @@ from minq.data import IGNORE, MaskedText, load_text
 from minq.errors import one_line_errors
 from minq.model import Bert, BertConfig
 from minq.outliers import watch
-from minq.training import (Interrupt, Run, autocast, check_slices, evaluate, linear_schedule, load_checkpoint,
+from minq.quant import fake_quantization_off, fake_quantize_training
+from minq.training import (PATIENCE, Interrupt, Run, autocast, check_slices, evaluate, linear_schedule, load_checkpoint,
                            mean_over_processes, micro_batches, parameter_groups, pick_device, pick_precision,
-                           require_same_data, seed_step, show, start_processes, summary, to_device)
+                           require_finite, require_same_data, seed_step, show, start_processes, summary, to_device)
 
 # ---- recipes ----
 
@@ -54,8 +55,10 @@ def main(argv=None):
     flags.add_text_flags(parser)
     parser.add_argument("--mask-prob", type=flags.number(float, above=0, below=1), help="share of tokens to predict")
     flags.add_training_flags(parser)
+    flags.add_fake_quant_flags(parser)
     flags.add_run_flags(parser)
     args, typed = flags.read_flags(parser, DEFAULTS, PRESETS, argv)
+    flags.settle_fake_quant(args, typed)
     flags.settle_attention(args, typed, args.seq_len)
 
     rank, world = start_processes()
@@ -79,6 +82,8 @@ def main(argv=None):
         gate_hidden=args.gate_hidden, gate_init=args.gate_init, vocab_size=text.vocab_size, init_std=args.init_std,
         positions=args.positions)
     model = Bert(config).to(device)
+    if args.fake_quant:
+        fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity)
     trained = torch.compile(model) if args.compile else model
     trained = DistributedDataParallel(trained) if world > 1 else trained
 
@@ -96,6 +101,7 @@ def main(argv=None):
         scaler.load_state_dict(checkpoint["scaler"])
         step, seconds, train_loss = (checkpoint[name] for name in ("step", "seconds", "train_loss"))
     train_loss = train_loss.to(device)  # summed since the last evaluation
+    bad_steps = torch.zeros((), dtype=torch.long, device=device)  # in a row, whose loss was not finite
     if rank == 0:
         run.forget_after(step) if checkpoint else run.start(args.overwrite)
     started = time.perf_counter() - seconds
@@ -132,24 +138,32 @@ def main(argv=None):
             optimizer.zero_grad()
             step_loss = mean_over_processes(step_loss)
             train_loss += step_loss
+            bad_steps = (bad_steps + 1) * ~step_loss.isfinite()
             step += 1
 
             progress.update()
             if step % 20 == 0:
                 show(progress, step_loss, tokens.size, "tokens")
+                if bad_steps >= PATIENCE:
+                    break
             if step % args.eval_every == 0 or step == args.steps:
-                with watch(model) as outliers:
-                    batches = data.validation_batches(args.batch_size, args.eval_batches)
-                    scores = evaluate(model, starmap(data.to_model, batches), device)
+                validation = lambda: starmap(data.to_model, data.validation_batches(args.batch_size, args.eval_batches))
+                with watch(model, ("layer_input", "ffn_output", "layer_output")) as outliers:
+                    scores = floating = evaluate(model, validation(), device)
+                if args.fake_quant:
+                    with fake_quantization_off(model):
+                        floating = evaluate(model, validation(), device)
                 if rank == 0:
                     run.log(step=step, loss=train_loss.item() / ((step - 1) % args.eval_every + 1), lr=lr,
-                            val_loss=scores["loss"], perplexity=scores["perplexity"], **outliers.mean)
+                            val_loss=scores["loss"], perplexity=scores["perplexity"],
+                            float_perplexity=floating["perplexity"], **outliers.mean)
                 train_loss.zero_()
-            if rank == 0 and (step % args.save_every == 0 or step == args.steps or interrupt.raised):
+            if rank == 0 and (step % args.save_every == 0 or step == args.steps or interrupt.raised) and not bad_steps:
                 save()
     progress.close()
 
     # ---- report ----
+    require_finite(run, step, bad_steps)
     if rank > 0:
         return
     if step < args.steps:

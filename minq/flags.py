@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minq.attention import ATTENTIONS, GATES
 from minq.errors import UserError
+from minq.quant import GRANULARITIES
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,6 +36,7 @@ def number(kind, low=None, high=None, above=None, below=None):
 
 
 positive = number(int, low=1)
+bits = number(int, low=2, high=16)
 
 
 def add_attention_flags(parser):
@@ -84,6 +86,14 @@ def add_training_flags(parser):
     group.add_argument("--clip", type=number(float, above=0), help="largest gradient norm")
     group.add_argument("--dropout", type=number(float, low=0, below=1), help="dropout probability")
     group.add_argument("--seed", type=number(int, low=0), help="of initialization, data order and dropout")
+
+
+def add_fake_quant_flags(parser):
+    group = parser.add_argument_group("fake quantization from the first step (the blog)")
+    group.add_argument("--fake-quant", action="store_true", default=None, help="quantize the operands of every matrix product")
+    group.add_argument("--w-bits", type=bits, help="bits of weights, 2 to 16 (default 8)")
+    group.add_argument("--a-bits", type=bits, help="bits of activations, 2 to 16 (default 8)")
+    group.add_argument("--fake-quant-granularity", choices=GRANULARITIES, help="activations that share a scale: a token's, or the tensor's (default token)")
 
 
 def add_run_flags(parser):
@@ -149,6 +159,15 @@ def settle_attention(args, typed, seq_len):
         args.gate = args.gate_hidden = args.gate_init = None
     elif args.gate != "mlp":
         args.gate_hidden = None
+
+
+def settle_fake_quant(args, typed):
+    """Check the flags of fake quantization and fill them in."""
+    for name, default in {"w_bits": 8, "a_bits": 8, "fake_quant_granularity": "token"}.items():
+        if name in typed and not args.fake_quant:
+            raise UserError(f"--{name.replace('_', '-')} {typed[name]} needs --fake-quant; "
+                            "to quantize a run after training, see quantize.py")
+        setattr(args, name, typed.get(name, default) if args.fake_quant else None)
 
 
 def run_name(family, args, typed):

@@ -126,6 +126,7 @@ class Bert(nn.Module):
     """BERT for masked language modelling, post-LN; one segment only, so no segment embedding."""
 
     float_modules = ("head",)  # stays in floating point when the rest is quantized (sec. 5)
+    final_linear = "head.decoder"  # stays in floating point in fake-quantized training (the blog)
 
     def __init__(self, config):
         super().__init__()
@@ -182,6 +183,7 @@ class Opt(nn.Module):
     """OPT for causal language modelling, pre-LN, with a final LayerNorm and a tied output layer."""
 
     float_modules = ("decoder",)  # stays in floating point when the rest is quantized (sec. 5)
+    final_linear = "decoder"  # and in fake-quantized training
 
     def __init__(self, config):
         super().__init__()
@@ -211,6 +213,7 @@ class ViT(nn.Module):
     """A vision transformer, pre-LN; the class is read off the [CLS] token. All of it is quantized."""
 
     float_modules = ()
+    final_linear = "head"  # stays in floating point in fake-quantized training
 
     def __init__(self, config):
         super().__init__()

@@ -9,6 +9,8 @@ Here x is one activation of a batch, (B, T, d); a "tensor" in the paper's sense 
 """
 import torch
 
+from minq.model import Block
+
 # The tensor whose norm Table 2 shows, by family; the kurtosis is always that of layer_output.
 NORM_COLUMN = {"bert": "ffn_output", "opt": "layer_output", "vit": "layer_output"}
 
@@ -54,7 +56,7 @@ def outlier_counts(x):
 class watch:
     """Context manager: average `measure` over every sample that passes the named taps of each layer.
 
-    taps: names without the _tap suffix. measure: a function from an activation to a dict of
+    taps: names without the _tap suffix, or "layer_input", what each block gets (the blog's norms). measure: a function from an activation to a dict of
     per-sample tensors, (B, ...). After use, `mean[tap][metric]` is a list with an entry per layer.
     """
 
@@ -68,17 +70,23 @@ class watch:
         for name, module in self.model.named_modules():
             tap = name.rpartition(".")[2].removesuffix("_tap")
             if name.endswith("_tap") and tap in self.taps:
-                layer = len(self.sums[tap])
-                self.sums[tap].append({})
-                self.counts[tap].append(0)
-                self.handles.append(module.register_forward_hook(self.hook(tap, layer)))
+                add = self.new_layer(tap)
+                self.handles.append(module.register_forward_hook(lambda module, args, x, add=add: add(x)))
+            if isinstance(module, Block) and "layer_input" in self.taps:
+                add = self.new_layer("layer_input")
+                self.handles.append(module.register_forward_pre_hook(lambda module, args, add=add: add(args[0])))
         missing = [tap for tap in self.taps if not self.sums[tap]]
         if missing:
             raise KeyError(f"the model has no tap named {missing[0]}")
         return self
 
-    def hook(self, tap, layer):
-        def add(module, args, x):
+    def new_layer(self, tap):
+        """A function that adds up what it is given, as the next layer's `tap`."""
+        layer = len(self.sums[tap])
+        self.sums[tap].append({})
+        self.counts[tap].append(0)
+
+        def add(x):
             sums = self.sums[tap][layer]
             for metric, value in self.measure(x.detach()).items():
                 sums[metric] = sums.get(metric, 0) + value.float().sum(dim=0)

@@ -7,11 +7,15 @@
 
 `quantize_model` puts a WeightQuantizer on every weight and swaps every Tap for an
 ActivationQuantizer. The model's forward pass stays as it is.
+
+    fake_quantize_training(model, w_bits=8, a_bits=8)     # and train it: every product sees 8 bits
+    with fake_quantization_off(model): ...                # the same weights in floating point
 """
 from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 from minq.attention import SelfAttention, Tap
@@ -42,13 +46,14 @@ def quantize(x, scale, zero_point, n_bits, symmetric=False):
 
     Rounds halves to even and multiplies by 1 / s, as PyTorch's own kernels do.
     """
-    return (x.float() * (1.0 / scale)).round_().add_(zero_point).clamp_(*grid(n_bits, symmetric))
+    integers = (x.float() * (1.0 / scale)).round_()
+    return (integers if symmetric else integers.add_(zero_point)).clamp_(*grid(n_bits, symmetric))
 
 
 def fake_quantize(x, scale, zero_point, n_bits, symmetric=False):
     """x rounded to the grid and mapped back: s * (quantize(x) - z) (eq. 1). Keeps the dtype of x."""
     integers = quantize(x, scale, zero_point, n_bits, symmetric)
-    return integers.sub_(zero_point).mul_(scale).to(x.dtype)
+    return (integers if symmetric else integers.sub_(zero_point)).mul_(scale).to(x.dtype)
 
 
 # ---- ranges ----
@@ -76,8 +81,7 @@ def percentile_of(x, percentile):
 
 def token_range(x):
     """(low, high) of each token, that is of each row of the last dimension: (..., d) -> (..., 1)."""
-    x = x.float()
-    return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    return torch.aminmax(x.float(), dim=-1, keepdim=True)
 
 
 class RunningRange:
@@ -208,3 +212,100 @@ def calibrating(model):
     finally:
         for quantizer in quantizers:
             quantizer.estimating = False
+
+
+# ---- fake quantization from the first training step (the blog) ----
+#
+# It sits at the operands of each matrix product, with ranges that follow what arrives: inputs and weights
+# of each Linear, queries and keys, probabilities and values. What a norm hands to the residual stream,
+# what a gate sees and the gate itself stay in floating point, and so does the final linear layer.
+
+class StraightThrough(torch.autograd.Function):
+    """Fake quantization whose gradient is the identity. It keeps nothing for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, low, high, n_bits, symmetric):
+        return fake_quantize(x, *affine_parameters(low, high, n_bits, symmetric), n_bits, symmetric)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None, None, None, None
+
+
+GRANULARITIES = {"token": token_range, "tensor": value_range}
+
+
+class DynamicQuantizer(nn.Module):
+    """Asymmetric fake quantization of an activation by its own range: of each token, or of the tensor.
+
+    A token is a row of the last dimension. Per token, the scales of the values V lie along the dimension that
+    probs @ V sums over: an integer kernel could not take them out of the sum. This simulates; it cannot be run.
+    """
+    active = True
+
+    def __init__(self, n_bits=8, granularity="token"):
+        super().__init__()
+        self.n_bits, self.granularity = n_bits, granularity
+
+    def forward(self, x):
+        if not self.active:
+            return x
+        low, high = GRANULARITIES[self.granularity](x.detach())
+        return StraightThrough.apply(x, low, high, self.n_bits, False)
+
+
+class DynamicWeightQuantizer(nn.Module):
+    """Symmetric per-tensor fake quantization of a weight, a scale for each of its `parts` (W_q, W_k, W_v)."""
+    active = True
+
+    def __init__(self, n_bits=8, parts=1):
+        super().__init__()
+        self.n_bits, self.parts = n_bits, parts
+
+    def forward(self, weight):
+        if not self.active:
+            return weight
+        groups = weight.reshape(self.parts, -1)
+        threshold = minmax_threshold(groups.detach(), self.n_bits)
+        return StraightThrough.apply(groups, -threshold, threshold, self.n_bits, True).view_as(weight)
+
+
+class FakeQuantLinear(nn.Module):
+    """A Linear, whose weight and bias it shares, with both operands of its product quantized."""
+
+    def __init__(self, linear, w_bits=8, a_bits=8, granularity="token"):
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self.input_quantizer = DynamicQuantizer(a_bits, granularity)
+        self.weight_quantizer = DynamicWeightQuantizer(w_bits, getattr(linear, "parts", 1))
+
+    def forward(self, x):
+        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+
+
+def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token"):
+    """Quantize the operands of all matrix products of `model` in place, ready to be trained, and return it.
+
+    Parameters stay the same objects under the same names: its state_dict fits the float model.
+    """
+    for name, module in list(model.named_modules()):
+        parent, _, child = name.rpartition(".")
+        if isinstance(module, nn.Linear) and name != model.final_linear:
+            setattr(model.get_submodule(parent), child, FakeQuantLinear(module, w_bits, a_bits, granularity))
+        if isinstance(module, SelfAttention):
+            for tap in ("queries_tap", "keys_tap", "values_tap", "probs_tap"):
+                setattr(module, tap, DynamicQuantizer(a_bits, granularity))
+    return model
+
+
+@contextmanager
+def fake_quantization_off(model):
+    """While active, a `fake_quantize_training` model computes in floating point."""
+    quantizers = [module for module in model.modules() if isinstance(module, (DynamicQuantizer, DynamicWeightQuantizer))]
+    for quantizer in quantizers:
+        quantizer.active = False
+    try:
+        yield
+    finally:
+        for quantizer in quantizers:
+            quantizer.active = True

@@ -196,6 +196,17 @@ def write_atomically(path, write):
     os.replace(new, path)
 
 
+PATIENCE = 20  # steps in a row whose loss is not finite, before a run is given up
+
+
+def require_finite(run, step, bad_steps):
+    """Raise UserError if the run came to `step` with its loss not finite in the last `bad_steps` steps."""
+    if bad_steps > 0:
+        kept = f"{run.checkpoint} is still that of the last good step saved" if run.checkpoint.exists() else "nothing was saved yet"
+        raise UserError(f"{run.folder}: stopped at step {step}, the loss of the last {int(bad_steps)} steps is not finite; "
+                        f"{kept}; try a lower --lr, or --precision fp32")
+
+
 def load_checkpoint(folder, family=None):
     """The dictionary in `folder`/checkpoint.pt. Raises UserError if it is not a run's, or not of `family`."""
     path = Path(folder) / "checkpoint.pt"
@@ -232,7 +243,8 @@ def summary(run):
     metric = "accuracy" if "accuracy" in last else "perplexity"
     norms = {tap: max(last[tap]["inf_norm"]) for tap in ("ffn_output", "layer_output")}
     kurtosis = last["layer_output"]["kurtosis"]
-    return (f"{metric} {last[metric]:.3f}, max inf norm {norms['ffn_output']:.1f} (ffn_output) "
+    switched_off = f" (fake quantization off {last['float_' + metric]:.3f})" if last["float_" + metric] != last[metric] else ""
+    return (f"{metric} {last[metric]:.3f}{switched_off}, max inf norm {norms['ffn_output']:.1f} (ffn_output) "
             f"{norms['layer_output']:.1f} (layer_output), avg kurtosis {sum(kurtosis) / len(kurtosis):.1f}")
 
 

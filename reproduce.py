@@ -1,0 +1,254 @@
+"""Rerun the experiments of the paper and of the blog, and print their tables.
+
+    python reproduce.py blog                 trains what is missing, resumes what was interrupted, prints the table
+    python reproduce.py blog --jobs 2        two runs at a time
+    python reproduce.py blog --verify        retrains its first row and compares it bit by bit
+    python reproduce.py blog --preset paper  prints the commands at full size, for GPUs
+    python reproduce.py --write-readme       puts the tables of results/ into the README
+
+The experiments stand in minq/experiments.py. Results land in results/NAME.json and results/NAME.md.
+"""
+import hashlib
+import json
+import os
+import platform
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from minq import flags
+from minq.errors import UserError, one_line_errors
+from minq.experiments import EXPERIMENTS, RECIPES
+from minq.training import load_checkpoint, write_atomically
+
+ROOT = Path(__file__).parent
+
+
+@one_line_errors
+def main(argv=None):
+    # ---- arguments ----
+    parser = flags.Parser(__doc__)
+    parser.add_argument("names", nargs="*", choices=EXPERIMENTS, metavar="NAME", help=f"of: {' '.join(EXPERIMENTS)}")
+    parser.add_argument("--preset", choices=RECIPES, default="laptop", help="laptop runs; paper prints the commands for GPUs")
+    parser.add_argument("--jobs", type=flags.positive, default=1, help="runs at a time; they share the cores")
+    parser.add_argument("--steps", type=flags.positive, help="shorten every run to so many steps; the table says so")
+    parser.add_argument("--verify", action="store_true", help="retrain the first row of each and compare with results/")
+    parser.add_argument("--runs", default="runs/reproduce", help="folder of the runs")
+    parser.add_argument("--results", default="results", help="folder of the tables")
+    parser.add_argument("--write-readme", action="store_true", help="put the tables of results/ into README.md")
+    args = parser.parse_args(argv)
+    results = Path(args.results)
+
+    for name in args.names:
+        jobs = [Job(name, row, seed, args) for row in EXPERIMENTS[name].rows for seed in range(EXPERIMENTS[name].seeds)]
+        if args.preset == "paper":
+            print(f"# {EXPERIMENTS[name].title}", *(job.text() for job in jobs), sep="\n")
+        elif args.verify:
+            verify(name, jobs[0], results / f"{name}.json")
+        else:
+            run_all(jobs, args.jobs)
+            table = {"title": EXPERIMENTS[name].title, "columns": EXPERIMENTS[name].columns, "steps": args.steps,
+                     "rows": collect(jobs), "versions": versions(), "machine": machine(args.jobs)}
+            results.mkdir(parents=True, exist_ok=True)
+            write_atomically(results / f"{name}.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
+            write_atomically(results / f"{name}.md", lambda path: path.write_text(markdown(table)))
+            print(markdown(table))
+    if args.write_readme:
+        readme = ROOT / "README.md"
+        text = with_tables(readme.read_text(), results)
+        write_atomically(readme, lambda path: path.write_text(text))
+
+
+# ---- one run ----
+
+class Job:
+    """A row of an experiment with one training seed: a training run and its quantization."""
+
+    def __init__(self, name, row, seed, args):
+        experiment = EXPERIMENTS[name]
+        recipe = RECIPES[args.preset][row.family]
+        if experiment.recipe and args.preset in experiment.recipe:
+            recipe = experiment.recipe[args.preset].get(row.family, recipe)
+        self.row, self.seed, self.name = row, seed, name
+        settings = [*shlex.split(recipe), *shlex.split(row.flags_at(args.preset))]
+        settings += ["--steps", str(args.steps)] if args.steps else []
+        slug = "".join(f"-{word.lstrip('-')}" if word.startswith("--") else f"_{word}" for word in settings)
+        self.folder = Path(args.runs) / re.sub(r"[^\w.-]", "_", f"{row.family}{slug}-s{seed}")
+        self.training = [f"train_{row.family}.py", *settings, "--seed", str(seed), "--out", str(self.folder)]
+        self.quantizing = ["quantize.py", str(self.folder), *shlex.split(experiment.quantize)]
+        self.quantized = self.folder / f"quantized{hashlib.sha256(experiment.quantize.encode()).hexdigest()[:8]}.json"
+
+    def text(self):
+        return f"python {shlex.join(self.training)} && python {shlex.join(self.quantizing)}"
+
+    def finished(self):
+        """Whether the run has come to its last step."""
+        if not (self.folder / "checkpoint.pt").exists():
+            return False
+        checkpoint = load_checkpoint(self.folder)
+        return checkpoint["step"] == checkpoint["args"]["steps"]
+
+    def run(self, threads, quiet):
+        if not self.finished():
+            resumable = (self.folder / "checkpoint.pt").exists()
+            command = [f"train_{self.row.family}.py", "--resume", "--out", str(self.folder)] if resumable else [*self.training, "--overwrite"]
+            start(command, threads, quiet)
+        if not self.quantized.exists() or self.quantized.stat().st_mtime < (self.folder / "checkpoint.pt").stat().st_mtime:
+            start([*self.quantizing, "--json", str(self.quantized)], threads, quiet)
+
+
+def start(command, threads, quiet):
+    """Run one of the scripts. Raises UserError with its last line if it fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=environment, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode != 0:
+        last = ((done.stderr or "").strip().splitlines() or ["see above"])[-1]
+        raise UserError(f"{shlex.join(command)}: exit code {done.returncode}: {last}")
+
+
+def run_all(jobs, workers):
+    """Run all jobs, `workers` at a time, skipping what is done."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    unique = list({job.folder: job for job in jobs}.values())
+    progress = tqdm(total=len(unique), unit="run", disable=workers == 1)
+
+    def run(job):
+        if workers == 1:
+            print(job.text(), file=sys.stderr)
+        job.run(threads, quiet=workers > 1)
+        progress.set_postfix_str(job.folder.name)
+        progress.update()
+
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            list(pool.map(run, unique))
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise UserError("interrupted; the same command goes on from here") from None
+        except UserError:
+            pool.shutdown(cancel_futures=True)
+            raise
+    progress.close()
+
+
+# ---- results ----
+
+def collect(jobs):
+    """A row of results for each row of the experiment: means and sample deviations over its seeds."""
+    rows = []
+    for row in dict.fromkeys(job.row for job in jobs):
+        of_row = [job for job in jobs if job.row == row]
+        tables = [json.loads(job.quantized.read_text())[0] for job in of_row]
+        ends = [json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[-1]) for job in of_row]
+        metric = tables[0]["metric"]
+        rows.append({
+            "label": row.label, "family": row.family, "attention": tables[0]["attention"], "metric": metric,
+            "settings": tables[0]["settings"], "published": row.published,
+            "fp": mean_and_std([table["fp"] for table in tables]),
+            "as_trained": mean_and_std([end[metric] for end in ends]),
+            "loss": mean_and_std([end["loss"] for end in ends]),
+            "layer_input_norm": mean_and_std([max(end["layer_input"]["inf_norm"]) for end in ends]),
+            "quantized": {key: mean_and_std([value for table in tables for value in table["quantized"][key]["all"]])
+                          for key in tables[0]["quantized"]},
+            "max_inf_norm": mean_and_std([table["max_inf_norm"] for table in tables]),
+            "avg_kurtosis": mean_and_std([table["avg_kurtosis"] for table in tables]),
+            "seeds": [job.seed for job in of_row], "commands": [job.text() for job in of_row],
+            "metrics_sha256": [sha256_of(job.folder / "metrics.jsonl") for job in of_row]})
+    return rows
+
+
+def mean_and_std(values):
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def sha256_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def versions():
+    return {"python": platform.python_version(), "torch": torch.__version__}
+
+
+def machine(jobs):
+    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+    return {"processor": model.group(1) if model else platform.processor(), "cores": os.cpu_count(),
+            "threads_per_run": max(1, (os.cpu_count() or 1) // jobs), "cuda": torch.cuda.is_available()}
+
+
+def verify(name, job, path):
+    """Retrain one row and compare its metrics.jsonl with the hash in results/."""
+    if not path.exists():
+        raise UserError(f"{path}: no results yet; run: python reproduce.py {name}")
+    table = json.loads(path.read_text())
+    expected = table["rows"][0]["metrics_sha256"][0]
+    with tempfile.TemporaryDirectory() as folder:
+        out = str(Path(folder) / "run")
+        start([*job.training[:-1], out], table["machine"]["threads_per_run"], quiet=False)
+        found = sha256_of(Path(out) / "metrics.jsonl")
+    if found != expected:
+        raise UserError(f"{name}, {table['rows'][0]['label']}: metrics.jsonl differs from that of {path}: SHA-256 {found[:12]}, "
+                        f"expected {expected[:12]} (made with {table['versions']} on {table['machine']}, which must be the same)")
+    print(f"{name}, {table['rows'][0]['label']}: retrained, and every line of metrics.jsonl is the same ({found[:12]})")
+
+
+# ---- tables ----
+
+def cell(result, digits=4):
+    return f"{result['mean']:.{digits}g}" + ("" if result["std"] is None else f" ±{result['std']:.2g}")
+
+
+def quantized_columns(row):
+    published = [part.strip() for part in row["published"].split("|")] if row["published"] else [""] * 4
+    ours = {"FP": row["fp"], "max inf norm": row["max_inf_norm"], "avg kurtosis": row["avg_kurtosis"], "W8A8": row["quantized"]["8x8"]}
+    return ({name: cell(value, 3 if name in ("max inf norm", "avg kurtosis") else 4) for name, value in ours.items()}
+            | {f"{name} (paper)": value for name, value in zip(ours, published)})
+
+
+def bits_columns(row):
+    return {"FP": cell(row["fp"])} | {f"W{key.replace('x', 'A')}": cell(value) for key, value in row["quantized"].items()}
+
+
+def blog_columns(row):
+    return {"ppl ↓ as trained": cell(row["as_trained"]), "ppl ↓, fake quantization off": cell(row["fp"]),
+            "ppl ↓ (blog)": row["published"], "training loss": cell(row["loss"]),
+            "largest inf norm of a layer's input": cell(row["layer_input_norm"], 3),
+            "ppl ↓, off, then W8A8 after training": cell(row["quantized"]["8x8"])}
+
+
+COLUMNS = {"quantized": quantized_columns, "bits": bits_columns, "blog": blog_columns}
+
+
+def markdown(table):
+    """The table in Markdown."""
+    rows = [{"": row["label"], "family": row["family"]} | COLUMNS[table["columns"]](row) for row in table["rows"]]
+    if len({row["family"] for row in table["rows"]}) == 1:
+        rows = [{name: value for name, value in row.items() if name != "family"} for row in rows]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1),
+             *("| " + " | ".join(row.values()) + " |" for row in rows)]
+    shortened = f" **Shortened to {table['steps']} steps.**" if table["steps"] else ""
+    seeds = len(table["rows"][0]["seeds"])
+    return (f"{table['title']}.{shortened} {seeds} training seed{'s' if seeds > 1 else ''}, 3 calibrations; "
+            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
+
+
+def with_tables(text, results):
+    """The README with the table of results/NAME.md between each pair of marks."""
+    def replace(match):
+        path = results / f"{match.group(1)}.md"
+        return f"<!-- results/{match.group(1)}.md -->\n{path.read_text()}<!-- end -->"
+    return re.sub(r"<!-- results/(\w+)\.md -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    main()
