@@ -10,9 +10,10 @@ The groups bert, opt and vit compare with Hugging Face, fakequant with torchao: 
 import argparse
 import copy
 import multiprocessing
-import resource
+import re
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -214,7 +215,7 @@ def peak_memory(kind, args):
         step()
     if args.device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))  # Linux
 
 
 def torchao(model):

@@ -81,7 +81,8 @@ def percentile_of(x, percentile):
 
 def token_range(x):
     """(low, high) of each token, that is of each row of the last dimension: (..., d) -> (..., 1)."""
-    return torch.aminmax(x.float(), dim=-1, keepdim=True)
+    x = x.float()
+    return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # on CPUs faster than torch.aminmax
 
 
 class RunningRange:
