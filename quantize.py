@@ -112,7 +112,7 @@ def with_std(result):
 def row(name, checkpoint, metric, floating, quantized, outliers):
     args = checkpoint["args"]
     settings = {key: args.get(key) for key in (
-        "gamma", "zeta", "alpha", "gate", "gate_hidden", "gate_init", "decay_layernorm", "patch_layernorm",
+        "gamma", "zeta", "alpha", "gamma_per_row", "gate", "gate_hidden", "gate_init", "decay_layernorm", "patch_layernorm",
         "fake_quant", "seq_len", "steps", "data")}
     norms = {tap: {"max_inf_norm": outliers.max_inf_norm(tap), "avg_kurtosis": outliers.avg_kurtosis(tap)}
              for tap in ("ffn_output", "layer_output")}

@@ -1,7 +1,7 @@
 """Rerun the experiments of the paper and of the blog, and print their tables.
 
     python reproduce.py blog                 trains what is missing, resumes what was interrupted, prints the table
-    python reproduce.py blog --jobs 2        two runs at a time
+    python reproduce.py blog --jobs 1        one run at a time, with its progress bar
     python reproduce.py blog --verify        retrains its first row and compares it bit by bit
     python reproduce.py blog --preset paper  prints the commands at full size, for GPUs
     python reproduce.py --write-readme       puts the tables of results/ into the README
@@ -36,9 +36,9 @@ ROOT = Path(__file__).parent
 def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
-    parser.add_argument("names", nargs="*", choices=EXPERIMENTS, metavar="NAME", help=f"of: {' '.join(EXPERIMENTS)}")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {' '.join(EXPERIMENTS)}")
     parser.add_argument("--preset", choices=RECIPES, default="laptop", help="laptop runs; paper prints the commands for GPUs")
-    parser.add_argument("--jobs", type=flags.positive, default=1, help="runs at a time; they share the cores")
+    parser.add_argument("--jobs", type=flags.positive, default=os.cpu_count(), help="runs at a time, a thread each (default: the cores)")
     parser.add_argument("--steps", type=flags.positive, help="shorten every run to so many steps; the table says so")
     parser.add_argument("--verify", action="store_true", help="retrain the first row of each and compare with results/")
     parser.add_argument("--runs", default="runs/reproduce", help="folder of the runs")
@@ -46,6 +46,11 @@ def main(argv=None):
     parser.add_argument("--write-readme", action="store_true", help="put the tables of results/ into README.md")
     args = parser.parse_args(argv)
     results = Path(args.results)
+    for name in args.names:
+        if name not in EXPERIMENTS:
+            raise UserError(f"{name}: no such experiment; expected some of {' '.join(EXPERIMENTS)}")
+    if not args.names and not args.write_readme:
+        raise UserError(f"nothing to do; name some of {' '.join(EXPERIMENTS)}, or give --write-readme")
 
     for name in args.names:
         jobs = [Job(name, row, seed, args) for row in EXPERIMENTS[name].rows for seed in range(EXPERIMENTS[name].seeds)]
@@ -56,7 +61,7 @@ def main(argv=None):
         else:
             run_all(jobs, args.jobs)
             table = {"title": EXPERIMENTS[name].title, "columns": EXPERIMENTS[name].columns, "steps": args.steps,
-                     "rows": collect(jobs), "versions": versions(), "machine": machine(args.jobs)}
+                     "rows": collect(jobs), "versions": versions(), "machine": machine()}
             results.mkdir(parents=True, exist_ok=True)
             write_atomically(results / f"{name}.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
             write_atomically(results / f"{name}.md", lambda path: path.write_text(markdown(table)))
@@ -74,13 +79,9 @@ class Job:
 
     def __init__(self, name, row, seed, args):
         experiment = EXPERIMENTS[name]
-        recipe = RECIPES[args.preset][row.family]
-        if experiment.recipe and args.preset in experiment.recipe:
-            recipe = experiment.recipe[args.preset].get(row.family, recipe)
-        self.row, self.seed, self.name = row, seed, name
-        settings = [*shlex.split(recipe), *shlex.split(row.flags_at(args.preset))]
-        settings += ["--steps", str(args.steps)] if args.steps else []
+        settings = experiment.settings(row, args.preset) + (["--steps", str(args.steps)] if args.steps else [])
         slug = "".join(f"-{word.lstrip('-')}" if word.startswith("--") else f"_{word}" for word in settings)
+        self.row, self.seed = row, seed
         self.folder = Path(args.runs) / re.sub(r"[^\w.-]", "_", f"{row.family}{slug}-s{seed}")
         self.training = [f"train_{row.family}.py", *settings, "--seed", str(seed), "--out", str(self.folder)]
         self.quantizing = ["quantize.py", str(self.folder), *shlex.split(experiment.quantize)]
@@ -96,20 +97,20 @@ class Job:
         checkpoint = load_checkpoint(self.folder)
         return checkpoint["step"] == checkpoint["args"]["steps"]
 
-    def run(self, threads, quiet):
+    def run(self, quiet):
         if not self.finished():
             resumable = (self.folder / "checkpoint.pt").exists()
             command = [f"train_{self.row.family}.py", "--resume", "--out", str(self.folder)] if resumable else [*self.training, "--overwrite"]
-            start(command, threads, quiet)
+            start(command, quiet)
         if not self.quantized.exists() or self.quantized.stat().st_mtime < (self.folder / "checkpoint.pt").stat().st_mtime:
-            start([*self.quantizing, "--json", str(self.quantized)], threads, quiet)
+            start([*self.quantizing, "--json", str(self.quantized)], quiet)
 
 
-def start(command, threads, quiet):
-    """Run one of the scripts. Raises UserError with its last line if it fails."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=environment, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None)
+def start(command, quiet):
+    """Run one of the scripts, with one thread: sums come out the same however many cores there are, and runs
+    side by side use the cores better. Raises UserError with its last line if it fails."""
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"},
+                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None)
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode != 0:
@@ -118,15 +119,18 @@ def start(command, threads, quiet):
 
 
 def run_all(jobs, workers):
-    """Run all jobs, `workers` at a time, skipping what is done."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    """Run all jobs, `workers` at a time, skipping what is done. What fails is named after the others have ended."""
     unique = list({job.folder: job for job in jobs}.values())
     progress = tqdm(total=len(unique), unit="run", disable=workers == 1)
+    failures = []
 
     def run(job):
         if workers == 1:
             print(job.text(), file=sys.stderr)
-        job.run(threads, quiet=workers > 1)
+        try:
+            job.run(quiet=workers > 1)
+        except UserError as error:
+            failures.append(error)
         progress.set_postfix_str(job.folder.name)
         progress.update()
 
@@ -136,10 +140,9 @@ def run_all(jobs, workers):
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise UserError("interrupted; the same command goes on from here") from None
-        except UserError:
-            pool.shutdown(cancel_futures=True)
-            raise
     progress.close()
+    if failures:
+        raise UserError(f"{len(failures)} of {len(unique)} runs failed: {failures[0]}")
 
 
 # ---- results ----
@@ -180,10 +183,11 @@ def versions():
     return {"python": platform.python_version(), "torch": torch.__version__}
 
 
-def machine(jobs):
-    model = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text()) if Path("/proc/cpuinfo").exists() else None
+def machine():
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
     return {"processor": model.group(1) if model else platform.processor(), "cores": os.cpu_count(),
-            "threads_per_run": max(1, (os.cpu_count() or 1) // jobs), "cuda": torch.cuda.is_available()}
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
 def verify(name, job, path):
@@ -194,7 +198,7 @@ def verify(name, job, path):
     expected = table["rows"][0]["metrics_sha256"][0]
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "run")
-        start([*job.training[:-1], out], table["machine"]["threads_per_run"], quiet=False)
+        start([*job.training[:-1], out], quiet=False)
         found = sha256_of(Path(out) / "metrics.jsonl")
     if found != expected:
         raise UserError(f"{name}, {table['rows'][0]['label']}: metrics.jsonl differs from that of {path}: SHA-256 {found[:12]}, "

@@ -49,6 +49,7 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     flags.add_attention_flags(parser)
     flags.add_size_flags(parser)
+    parser.add_argument("--gamma-per-row", action="store_true", default=None, help="gamma = -alpha / (t + 1) in row t, which has t + 1 entries")
     parser.add_argument("--init-std", type=flags.number(float, above=0), help="standard deviation of initial weights")
     flags.add_text_flags(parser)
     flags.add_training_flags(parser)
@@ -78,7 +79,8 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     config = OptConfig(
         layers=args.layers, width=args.width, heads=args.heads, ffn=4 * args.width, seq_len=args.seq_len,
-        dropout=args.dropout, attention=args.attention, gamma=args.gamma, zeta=args.zeta, gate=args.gate,
+        dropout=args.dropout, attention=args.attention, gamma=args.gamma, zeta=args.zeta,
+        row_alpha=args.alpha if args.gamma_per_row else None, gate=args.gate,
         gate_hidden=args.gate_hidden, gate_init=args.gate_init, vocab_size=text.vocab_size, init_std=args.init_std)
     model = Opt(config).to(device)
     if args.fake_quant:

@@ -27,10 +27,10 @@ def clipped_softmax(scores, gamma=0.0, zeta=1.0):
 
     Probabilities below -gamma / (zeta - gamma) become exactly 0, those above
     (1 - gamma) / (zeta - gamma) exactly 1, and neither passes a gradient on.
-    gamma = 0, zeta = 1 is the plain softmax.
+    gamma = 0, zeta = 1 is the plain softmax. gamma: a number, or a tensor that broadcasts to scores.
     """
     p = scores.softmax(dim=-1)
-    if gamma == 0.0 and zeta == 1.0:
+    if not torch.is_tensor(gamma) and gamma == 0.0 and zeta == 1.0:
         return p
     return ((zeta - gamma) * p + gamma).clamp(0.0, 1.0)  # eq. 4
 
@@ -47,6 +47,25 @@ class ClippedSoftmax(nn.Module):
 
     def extra_repr(self):
         return f"gamma={self.gamma:g}, zeta={self.zeta:g}"
+
+
+class RowClippedSoftmax(nn.Module):
+    """Clipped softmax for causal attention whose threshold follows the row: gamma_t = -alpha / (t + 1).
+
+    Row t (from 0) has t + 1 entries, so their mean is 1 / (t + 1); one gamma for all rows is mild where
+    rows are short and harsh where they are long. Later published as normalized clipped softmax (arXiv 2402.12102).
+    """
+
+    def __init__(self, alpha, zeta=1.0):
+        super().__init__()
+        self.alpha, self.zeta = alpha, zeta
+
+    def forward(self, scores):
+        entries = torch.arange(1, scores.shape[-2] + 1, device=scores.device)[:, None]  # (T, 1)
+        return clipped_softmax(scores, -self.alpha / entries, self.zeta)
+
+    def extra_repr(self):
+        return f"alpha={self.alpha:g}, zeta={self.zeta:g}"
 
 
 # ---- gates (eq. 6-7, Table 3): x (B, T, width) -> pi (B, H, T), the share of its output a head keeps ----
@@ -119,7 +138,7 @@ GATES = {
 # function or module from scores to probabilities) or its gate, and name it here.
 ATTENTIONS = {
     "vanilla": lambda c: (ClippedSoftmax(), None),
-    "clipped": lambda c: (ClippedSoftmax(c.gamma, c.zeta), None),
+    "clipped": lambda c: (ClippedSoftmax(c.gamma, c.zeta) if c.row_alpha is None else RowClippedSoftmax(c.row_alpha, c.zeta), None),
     "gated": lambda c: (ClippedSoftmax(), GATES[c.gate](c)),
 }
 

@@ -3,7 +3,8 @@
 A row is a training run and its quantization. Its flags are the same at every scale unless `laptop` says otherwise;
 what they are added to is the recipe of its family, at the scale of a laptop or of the paper.
 """
-from dataclasses import dataclass
+import shlex
+from dataclasses import dataclass, field
 
 RECIPES = {
     "laptop": {"bert": "", "opt": "", "vit": ""},
@@ -33,7 +34,12 @@ class Experiment:
     columns: str = "quantized"  # a key of reproduce.COLUMNS
     seeds: int = 1              # training seeds
     quantize: str = ""          # flags of quantize.py
-    recipe: dict | None = None  # family -> flags added to the recipe, {scale: {family: flags}}
+    recipes: dict = field(default_factory=dict)  # {scale: {family: flags}} instead of RECIPES'
+
+    def settings(self, row, scale):
+        """The flags of a row's training script, a list."""
+        recipe = {**RECIPES[scale], **self.recipes.get(scale, {})}[row.family]
+        return shlex.split(f"{recipe} {row.flags_at(scale)}")
 
 
 CS, GA = "--attention clipped", "--attention gated"
@@ -60,5 +66,5 @@ EXPERIMENTS = {
     "blog": Experiment(
         "Training in eight bits and fewer (the blog's Table 2, Figures 5 and 6)", columns="blog",
         rows=BLOG + tuple(at_bits(row, bits) for bits in (6, 4) for row in BLOG[3:]),
-        recipe={"paper": {"bert": "--preset blog"}}),
+        recipes={"paper": {"bert": "--preset blog"}}),
 }

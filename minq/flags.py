@@ -149,11 +149,15 @@ def settle_attention(args, typed, seq_len):
         raise UserError(f"--alpha {args.alpha:g} and --gamma {args.gamma:g} both set gamma; give one of them")
     if "gamma" in typed or args.attention != "clipped":
         args.alpha = None
-    if args.alpha is not None:
+    if vars(args).get("gamma_per_row"):
+        if args.attention != "clipped" or args.alpha is None:
+            raise UserError("--gamma-per-row needs --attention clipped, and --alpha rather than --gamma")
+        args.gamma = None  # a row's own, -alpha / (t + 1)
+    elif args.alpha is not None:
         args.gamma = -args.alpha / seq_len  # sec. 5.2
     if args.attention in ("vanilla", "gated"):
         args.gamma, args.zeta = 0.0, 1.0
-    if args.gamma is None:
+    elif args.gamma is None and args.alpha is None:
         args.gamma = 0.0
     if args.attention != "gated":
         args.gate = args.gate_hidden = args.gate_init = None

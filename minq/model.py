@@ -28,6 +28,7 @@ class Config:
     attention: str = "vanilla"  # a key of attention.ATTENTIONS
     gamma: float = 0.0         # eq. 4
     zeta: float = 1.0          # eq. 4
+    row_alpha: float | None = None  # instead of gamma: gamma_t = -row_alpha / (t + 1) in causal row t
     gate: str = "linear"       # a key of attention.GATES, for attention="gated"
     gate_hidden: int = 4       # n_hid of the MLP gate
     gate_init: float = 0.5     # pi_init, how open a gate starts
@@ -40,6 +41,8 @@ class Config:
     def __post_init__(self):
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
+        if self.row_alpha is not None and not self.causal:
+            raise UserError("--gamma-per-row needs causal attention, whose rows differ in length")
 
 
 @dataclass

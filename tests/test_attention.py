@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from minq.attention import GATES, ClippedSoftmax, SelfAttention, clipped_softmax
+from minq.attention import GATES, ClippedSoftmax, RowClippedSoftmax, SelfAttention, clipped_softmax
 from minq.model import BertConfig
 
 torch.manual_seed(0)
@@ -30,6 +30,15 @@ def test_values_beyond_the_thresholds_become_exact_zeros_and_ones():
     assert (p[soft < low - margin] == 0).all() and (p[soft > low + margin] > 0).all()
     assert (p[soft > high + margin] == 1).all() and (p[soft < high - margin] < 1).all()
     assert (p == 0).any() and (p == 1).any()
+
+
+def test_gamma_per_row_equals_a_loop_over_causal_rows():
+    scores = (3 * torch.randn(2, 6, 6)).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf)
+    p = RowClippedSoftmax(alpha=1.5, zeta=1.02)(scores)
+    for t in range(6):
+        row = clipped_softmax(scores[:, t, :t + 1], gamma=-1.5 / (t + 1), zeta=1.02)
+        torch.testing.assert_close(p[:, t, :t + 1], row)
+        assert (p[:, t, t + 1:] == 0).all()
 
 
 def test_clipped_values_give_no_gradient():

@@ -217,6 +217,20 @@ def test_the_default_name_tells_the_settings(corpus, tmp_path, monkeypatch):
 VIT = [option for option in SMALL if option not in ("--seq-len", "16")] + ["--patch-size", "8"]
 
 
+@pytest.mark.parametrize("options, message", [
+    ([], "--gamma-per-row needs --attention clipped"),
+    (["--attention", "clipped", "--gamma", "-0.1"], "--alpha rather than --gamma")])
+def test_gamma_per_row(corpus, tmp_path, options, message):
+    command = ["train_opt.py", *SMALL, "--data", corpus, "--gamma-per-row", "--out", tmp_path / "run"]
+    _, err = run(*command, *options, code=2)
+    assert message in err and err.count("\n") == 1
+    run(*command, "--attention", "clipped", "--alpha", "2")
+    run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, "--json", tmp_path / "table.json")
+    (row,) = json.loads((tmp_path / "table.json").read_text())
+    assert row["settings"]["gamma_per_row"] and row["settings"]["alpha"] == 2 and row["settings"]["gamma"] is None
+    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["config"]["row_alpha"] == 2
+
+
 @pytest.fixture(scope="module")
 def cifar(tmp_path_factory):
     """Sixty random images in CIFAR-10's layout."""

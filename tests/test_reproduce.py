@@ -1,0 +1,106 @@
+"""Experiments: every row's flags are ones that its script takes; runs are made once, resumed, verified, tabulated."""
+import importlib
+import json
+import shlex
+
+import pytest
+import torch
+
+import reproduce
+from minq.experiments import EXPERIMENTS, Experiment, Row
+from test_scripts import ROOT, SMALL, corpus, run
+
+
+
+class Parsed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_row_is_a_command_that_its_script_takes(name, scale, monkeypatch):
+    def stop(path):
+        raise Parsed
+    for row in EXPERIMENTS[name].rows:
+        script = importlib.import_module(f"train_{row.family}")
+        monkeypatch.setattr(script, "Run", stop)  # the first thing that a script makes of its flags
+        with pytest.raises(Parsed):
+            script.main(EXPERIMENTS[name].settings(row, scale))
+
+
+def test_labels_are_unique_within_a_table():
+    for experiment in EXPERIMENTS.values():
+        keys = [(row.family, row.label) for row in experiment.rows]
+        assert len(set(keys)) == len(keys)
+
+
+@pytest.fixture
+def tiny(corpus, tmp_path, monkeypatch):
+    """An experiment of two rows of a few steps, in a folder of its own."""
+    recipe = {"laptop": {"bert": shlex.join([*SMALL, "--data", corpus, "--save-every", "3"])}}
+    monkeypatch.setitem(EXPERIMENTS, "blog", Experiment(
+        "Two rows", (Row("Vanilla", "bert", published="4.49 ±0.01 | 735 ±55 | 3076 ±262 | 1294 ±1046"), Row("CS", "bert", "--attention clipped")),
+        quantize="--batches 1 --seeds 2", recipes=recipe))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_runs_once_resumes_verifies_and_writes_its_table(tiny):
+    out, _ = run("reproduce.py", "blog", "--jobs", 2)
+    table = json.loads((tiny / "results" / "blog.json").read_text())
+    assert [row["label"] for row in table["rows"]] == ["Vanilla", "CS"] and "735 ±55" in out
+    assert (tiny / "results" / "blog.md").read_text() in out
+    first = table["rows"][0]
+    assert first["fp"]["mean"] == first["as_trained"]["mean"] and first["quantized"]["8x8"]["std"] is not None
+    folders = sorted((tiny / "runs" / "reproduce").iterdir())
+    assert len(folders) == 2
+    times = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
+
+    run("reproduce.py", "blog", "--jobs", 2)
+    assert times == {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
+
+    path = folders[0] / "checkpoint.pt"
+    torch.save(torch.load(path, weights_only=True) | {"step": 5}, path)  # as if it had been stopped before its last step
+    run("reproduce.py", "blog", "--jobs", 1)
+    assert torch.load(path, weights_only=True)["step"] == 6
+
+    out, _ = run("reproduce.py", "blog", "--verify")
+    assert "every line of metrics.jsonl is the same" in out
+    table["rows"][0]["metrics_sha256"] = ["0" * 64]
+    (tiny / "results" / "blog.json").write_text(json.dumps(table))
+    _, err = run("reproduce.py", "blog", "--verify", code=2)
+    assert "blog, Vanilla: metrics.jsonl differs" in err.splitlines()[-1]
+
+
+def test_a_failing_run_is_named(tiny, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "blog", Experiment("One", (Row("Vanilla", "bert", "--heads 5"),)))
+    _, err = run("reproduce.py", "blog", "--jobs", 2, code=2)
+    assert "--heads 5 does not divide --width 128" in err.splitlines()[-1]
+    _, err = run("reproduce.py", "blog", "--verify", code=2)
+    assert "no results yet" in err
+
+
+def test_the_paper_preset_prints_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    out, _ = run("reproduce.py", "blog", "--preset", "paper")
+    assert out.count("python train_bert.py --preset blog") == len(EXPERIMENTS["blog"].rows)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_name_is_named():
+    _, err = run("reproduce.py", "table9", code=2)
+    assert "table9: no such experiment; expected some of" in err and err.count("\n") == 1
+    _, err = run("reproduce.py", code=2)
+    assert "nothing to do" in err
+
+
+# ---- what is written down ----
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_tables_are_made_from_their_results(path):
+    assert path.with_suffix(".md").read_text() == reproduce.markdown(json.loads(path.read_text()))
+
+
+def test_the_readme_shows_the_tables_of_results():
+    readme = (ROOT / "README.md").read_text()
+    assert reproduce.with_tables(readme, ROOT / "results") == readme
