@@ -55,7 +55,9 @@ def main(argv=None):
     for name in args.names:
         jobs = [Job(name, row, seed, args) for row in EXPERIMENTS[name].rows for seed in range(EXPERIMENTS[name].seeds)]
         if args.preset == "paper":
-            print(f"# {EXPERIMENTS[name].title}", *(job.text() for job in jobs), sep="\n")
+            print(f"# {EXPERIMENTS[name].title}: on one GPU; on several, torchrun --nproc-per-node N instead of the first python")
+            for job in jobs:
+                print(f"{job.text()}  # {job.row.label}")
         elif args.verify:
             verify(name, jobs[0], results / f"{name}.json")
         else:
@@ -80,12 +82,12 @@ class Job:
     def __init__(self, name, row, seed, args):
         experiment = EXPERIMENTS[name]
         settings = experiment.settings(row, args.preset) + (["--steps", str(args.steps)] if args.steps else [])
-        slug = "".join(f"-{word.lstrip('-')}" if word.startswith("--") else f"_{word}" for word in settings)
         self.row, self.seed = row, seed
-        self.folder = Path(args.runs) / re.sub(r"[^\w.-]", "_", f"{row.family}{slug}-s{seed}")
+        self.folder = Path(args.runs) / f"{row.family}{slug(settings)}-s{seed}"
         self.training = [f"train_{row.family}.py", *settings, "--seed", str(seed), "--out", str(self.folder)]
-        self.quantizing = ["quantize.py", str(self.folder), *shlex.split(experiment.quantize)]
-        self.quantized = self.folder / f"quantized{hashlib.sha256(experiment.quantize.encode()).hexdigest()[:8]}.json"
+        quantization = experiment.quantization(row)
+        self.quantizing = ["quantize.py", str(self.folder), *quantization]
+        self.quantized = self.folder / f"quantized{slug(quantization)}.json"
 
     def text(self):
         return f"python {shlex.join(self.training)} && python {shlex.join(self.quantizing)}"
@@ -104,6 +106,12 @@ class Job:
             start(command, quiet)
         if not self.quantized.exists() or self.quantized.stat().st_mtime < (self.folder / "checkpoint.pt").stat().st_mtime:
             start([*self.quantizing, "--json", str(self.quantized)], quiet)
+
+
+def slug(words):
+    """Flags as a piece of a file's name: --gamma -0.03 --fake-quant -> -gamma_-0.03-fake-quant"""
+    where_data_is = re.sub(r"--(data|vocab-size|special-ids) \S+", "", " ".join(words)).split()
+    return "".join(f"-{word[2:]}" if word.startswith("--") else f"_{word}" for word in where_data_is)
 
 
 def start(command, quiet):

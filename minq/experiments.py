@@ -15,6 +15,10 @@ RECIPES = {
 }
 
 
+# Flags of quantize.py: OPT's ranges are those that the paper found best for it (sec. C.4).
+QUANTIZE = {"bert": "", "opt": "--w-estimator mse --a-estimator p99.999", "vit": ""}
+
+
 @dataclass(frozen=True)
 class Row:
     label: str
@@ -33,7 +37,7 @@ class Experiment:
     rows: tuple
     columns: str = "quantized"  # a key of reproduce.COLUMNS
     seeds: int = 1              # training seeds
-    quantize: str = ""          # flags of quantize.py
+    quantize: str = ""          # flags of quantize.py, beside QUANTIZE's
     recipes: dict = field(default_factory=dict)  # {scale: {family: flags}} instead of RECIPES'
 
     def settings(self, row, scale):
@@ -41,8 +45,150 @@ class Experiment:
         recipe = {**RECIPES[scale], **self.recipes.get(scale, {})}[row.family]
         return shlex.split(f"{recipe} {row.flags_at(scale)}")
 
+    def quantization(self, row):
+        """The flags of quantize.py, a list."""
+        return shlex.split(f"{self.quantize} {QUANTIZE[row.family]}")
+
 
 CS, GA = "--attention clipped", "--attention gated"
+DECAY, PATCH = "--decay-layernorm", "--patch-layernorm"
+
+
+def clipped(family, gamma, published, zeta=1.0, more="", note=""):
+    settings = f"--gamma {gamma}" + (f" --zeta {zeta}" if zeta != 1.0 else "")
+    label = f"CS (gamma = {gamma}" + (f", zeta = {zeta})" if zeta != 1.0 else ")")
+    return Row(label + note, family, f"{CS} {settings} {more}".strip(), published)
+
+
+def gated(family, gate, published, more="", note=""):
+    """gate: "linear 0.25" (pi_init), "mlp 4" (n_hid) or "all-heads"."""
+    kind, _, number = gate.partition(" ")
+    setting = {"linear": f" --gate-init {number}", "mlp": f" --gate-hidden {number}", "all-heads": ""}[kind]
+    label = {"linear": f"GA, linear (pi_init = {number})", "mlp": f"GA, MLP (n_hid = {number})", "all-heads": "GA, all-heads-linear"}[kind]
+    return Row(label + note, family, f"{GA} --gate {kind}{setting} {more}".strip(), published)
+
+
+# ---- Tables 1 and 4: BERT ----
+
+BERT_VANILLA = Row("Vanilla", "bert", "", "4.49 ±0.01 | 735 ±55 | 3076 ±262 | 1294 ±1046")
+
+TABLE1 = (
+    BERT_VANILLA,
+    clipped("bert", 0, "4.48 ±0.01 | 715 ±335 | 2159 ±238 | 451 ±57", zeta=1.003),
+    clipped("bert", 0, "4.49 ±0.00 | 741 ±66 | 1707 ±1249 | 1469 ±646", zeta=1.03),
+    clipped("bert", -0.003, "4.46 ±0.00 | 688 ±64 | 2149 ±110 | 636 ±566"),
+    clipped("bert", -0.03, "4.41 ±0.01 | 20 ±1 | 80 ±6 | 4.55 ±0.01"),
+    clipped("bert", -0.003, "4.47 ±0.00 | 683 ±23 | 2494 ±1205 | 268 ±120", zeta=1.003),
+    clipped("bert", -0.03, "4.43 ±0.03 | 22 ±3 | 73 ±8 | 4.56 ±0.05", zeta=1.03),
+)
+
+TABLE4 = (
+    BERT_VANILLA,
+    clipped("bert", -0.005, "4.44 ±0.02 | 406.6 ±35.2 | 1963 ±753 | 75.27 ±39.57"),
+    clipped("bert", -0.01, "4.35 ±0.01 | 198.3 ±78.7 | 1581 ±839 | 7.06 ±2.37"),
+    clipped("bert", -0.015, "4.37 ±0.01 | 38.9 ±7.9 | 165 ±34 | 4.54 ±0.01"),
+    clipped("bert", -0.02, "4.39 ±0.02 | 31.7 ±6.3 | 90 ±20 | 4.56 ±0.02"),
+    clipped("bert", -0.025, "4.39 ±0.00 | 21.5 ±1.5 | 80 ±6 | 4.52 ±0.01"),
+    clipped("bert", -0.03, "4.41 ±0.01 | 20.4 ±0.2 | 79 ±6 | 4.55 ±0.01"),
+    clipped("bert", -0.04, "4.51 ±0.05 | 19.8 ±9.0 | 85 ±7 | 4.65 ±0.06"),
+    gated("bert", "linear 0.25", "4.49 ±0.00 | 139.8 ±62.3 | 739 ±412 | 5.05 ±0.27"),
+    gated("bert", "linear 0.5", "4.48 ±0.00 | 177.3 ±33.2 | 652 ±81 | 5.13 ±0.15"),
+    gated("bert", "linear 0.75", "4.49 ±0.00 | 71.4 ±49.9 | 262 ±147 | 4.88 ±0.22"),
+    gated("bert", "linear 0.9", "4.49 ±0.00 | 171.5 ±8.8 | 559 ±141 | 5.15 ±0.03"),
+    gated("bert", "mlp 4", "4.45 ±0.03 | 39.2 ±26.0 | 201 ±181 | 4.65 ±0.04"),
+    gated("bert", "mlp 64", "4.49 ±0.01 | 117.0 ±48.3 | 507 ±167 | 4.77 ±0.01"),
+    gated("bert", "all-heads", "4.49 ±0.01 | 58.3 ±41.2 | 334 ±321 | 4.67 ±0.03"),
+)
+
+# ---- Table 5: OPT, without and with weight decay on LayerNorm's gamma ----
+
+
+def opt_clipped(alpha, published):
+    """gamma = -alpha / 512 at the paper's T of 512, so -alpha / T at any."""
+    return Row(f"CS (gamma = -{alpha}/T), LN decay", "opt", f"{CS} --alpha {alpha} {DECAY}", published)
+
+
+TABLE5 = (
+    Row("Vanilla", "opt", "", "15.84 ±0.05 | 339.6 ±47.2 | 1777 ±444 | 21.18 ±1.89"),
+    gated("opt", "linear 0.1", "15.61 ±0.05 | 35.6 ±4.5 | 42.4 ±22.9 | 16.41 ±0.18"),
+    gated("opt", "linear 0.25", "15.50 ±0.04 | 35.8 ±0.5 | 59.0 ±48.3 | 16.25 ±0.08"),
+    gated("opt", "linear 0.5", "15.54 ±0.01 | 46.5 ±5.0 | 40.6 ±8.9 | 16.30 ±0.01"),
+    gated("opt", "all-heads", "15.43 ±0.01 | 32.8 ±1.7 | 24.2 ±3 | 16.30 ±0.12"),
+    Row("Vanilla, LN decay", "opt", DECAY, "15.96 ±0.03 | 87.7 ±31.9 | 2080 ±1460 | 39.46 ±16.59"),
+    opt_clipped(1, "15.99 ±0.02 | 106.4 ±7.0 | 5764 ±2150 | 185.23 ±220.00"),
+    opt_clipped(2, "15.90 ±0.02 | 102.0 ±27.0 | 11290 ±4372 | 60.90 ±52.70"),
+    opt_clipped(4, "15.86 ±0.01 | 83.1 ±20.6 | 17174 ±7791 | 84.64 ±10.55"),
+    opt_clipped(8, "16.13 ±0.09 | 61.5 ±9.9 | 19204 ±4284 | 42.62 ±3.64"),
+    opt_clipped(12, "16.29 ±0.07 | 63.2 ±8.8 | 19727 ±7479 | 37.22 ±2.39"),
+    gated("opt", "linear 0.1", "15.69 ±0.05 | 7.3 ±0.4 | 25.4 ±10 | 16.23 ±0.08", DECAY, ", LN decay"),
+    gated("opt", "linear 0.25", "15.55 ±0.05 | 8.7 ±0.6 | 18.9 ±1 | 16.02 ±0.07", DECAY, ", LN decay"),
+    gated("opt", "linear 0.5", "15.63 ±0.00 | 10.8 ±0.7 | 42.0 ±19 | 16.20 ±0.01", DECAY, ", LN decay"),
+    gated("opt", "all-heads", "15.53 ±0.01 | 7.9 ±0.3 | 13.8 ±1 | 16.09 ±0.08", DECAY, ", LN decay"),
+    Row("CS (gamma_t = -1/(t+1)), LN decay", "opt", f"{CS} --alpha 1 --gamma-per-row {DECAY}"),
+)
+
+# ---- Tables 6 and 7: ViT, without and with a LayerNorm after the patch embedding ----
+
+TABLE6 = (
+    Row("Vanilla", "vit", "", "80.75 ±0.10 | 358.5 ±81.2 | 1018.3 ±471.5 | 69.24 ±6.93"),
+    clipped("vit", -0.003, "80.24 ±0.05 | 69.3 ±20.7 | 25.6 ±8.6 | 78.71 ±0.33"),
+    clipped("vit", -0.004, "80.38 ±0.01 | 74.9 ±10.6 | 30.6 ±4.9 | 78.66 ±0.49"),
+    gated("vit", "linear 0.25", "80.62 ±0.01 | 86.0 ±8.0 | 23.4 ±2.7 | 79.16 ±0.05"),
+    gated("vit", "linear 0.5", "80.32 ±0.02 | 88.4 ±17.9 | 27.9 ±14.0 | 78.90 ±0.25"),
+    gated("vit", "mlp 4", "80.62 ±0.05 | 118.2 ±40.5 | 47.8 ±29.8 | 78.79 ±0.29"),
+    Row("Vanilla, patch LN", "vit", PATCH, "80.98 ±0.08 | 81.1 ±2.5 | 24.5 ±1.8 | 79.62 ±0.06"),
+    clipped("vit", -0.0001, "80.89 ±0.13 | 73.7 ±14.9 | 22.9 ±1.6 | 79.77 ±0.25", 1.0, PATCH, ", patch LN"),
+    clipped("vit", -0.0003, "80.92 ±0.07 | 78.9 ±5.5 | 23.8 ±0.5 | 79.63 ±0.05", 1.0, PATCH, ", patch LN"),
+    clipped("vit", -0.0005, "80.95 ±0.08 | 72.9 ±11.8 | 24.4 ±0.7 | 79.73 ±0.08", 1.0, PATCH, ", patch LN"),
+    clipped("vit", -0.001, "80.95 ±0.16 | 80.8 ±2.1 | 24.1 ±0.7 | 79.69 ±0.03", 1.0, PATCH, ", patch LN"),
+    clipped("vit", -0.002, "80.80 ±0.07 | 78.0 ±0.5 | 25.8 ±0.7 | 79.32 ±0.07", 1.0, PATCH, ", patch LN"),
+    clipped("vit", -0.003, "80.79 ±0.02 | 75.6 ±7.9 | 28.1 ±4.0 | 79.00 ±0.10", 1.0, PATCH, ", patch LN"),
+    gated("vit", "linear 0.5", "81.01 ±0.06 | 79.8 ±0.5 | 19.9 ±0.3 | 79.82 ±0.11", PATCH, ", patch LN"),
+    gated("vit", "linear 0.75", "81.01 ±0.05 | 77.8 ±0.3 | 21.8 ±1.9 | 79.80 ±0.08", PATCH, ", patch LN"),
+    gated("vit", "linear 0.9", "80.92 ±0.11 | 70.6 ±8.0 | 23.2 ±3.7 | 79.64 ±0.09", PATCH, ", patch LN"),
+)
+
+TABLE7 = (
+    Row("Vanilla", "vit", "", "78.80 ±0.42 | 426 ±69 | | 71.27 ±0.88"),
+    clipped("vit", 0, "78.78 ±0.29 | 411 ±88 | | 71.24 ±0.59", zeta=1.001),
+    clipped("vit", 0, "78.90 ±0.17 | 420 ±47 | | 70.74 ±0.34", zeta=1.002),
+    clipped("vit", 0, "78.80 ±0.45 | 377 ±67 | | 72.31 ±0.06", zeta=1.004),
+    clipped("vit", 0, "78.81 ±0.30 | 419 ±77 | | 71.35 ±0.26", zeta=1.01),
+    clipped("vit", "-0.00001", "78.81 ±0.21 | 432 ±76 | | 69.02 ±0.19"),
+    clipped("vit", -0.0001, "78.81 ±0.36 | 380 ±64 | | 64.04 ±10.8"),
+    clipped("vit", -0.001, "78.42 ±0.63 | 282 ±105 | | 68.43 ±6.50"),
+    clipped("vit", -0.003, "78.26 ±0.06 | 99 ±36 | | 76.49 ±0.48"),
+    clipped("vit", -0.01, "78.10 ±0.14 | 391 ±21 | | 75.83 ±1.12"),
+    clipped("vit", -0.03, "70.26 ±1.46 | 197 ±2 | | 65.80 ±1.41"),
+    clipped("vit", -0.001, "78.45 ±0.53 | 283 ±82 | | 65.03 ±8.54", zeta=1.001),
+    clipped("vit", -0.003, "78.25 ±0.14 | 119 ±17 | | 76.37 ±0.45", zeta=1.003),
+)
+
+# ---- Table 2: the best of each family. The paper pairs cures that have LN decay or a patch LayerNorm with a
+# vanilla model that has neither; the vanilla row that has it stands beside it. ----
+
+
+def pick(table, *labels):
+    return tuple(row for label in labels for row in table if row.label == label)
+
+
+TABLE2 = (
+    *pick(TABLE4, "Vanilla", "CS (gamma = -0.025)", "GA, MLP (n_hid = 4)"),
+    *pick(TABLE5, "Vanilla", "Vanilla, LN decay", "CS (gamma = -12/T), LN decay", "GA, linear (pi_init = 0.25), LN decay"),
+    *pick(TABLE6, "Vanilla", "Vanilla, patch LN", "CS (gamma = -0.0001), patch LN", "GA, linear (pi_init = 0.5), patch LN"),
+)
+
+# ---- Figures 6 and 7: alpha against T; pi_init ----
+
+FIG6 = tuple(
+    Row(f"T = {T}, " + (f"alpha = {alpha:g}" if alpha else "vanilla"), "bert",
+        f"--seq-len {T}" + (f" {CS} --alpha {alpha:g}" if alpha else ""),
+        laptop=f"--seq-len {T} --batch-size {1024 // T}" + (f" {CS} --alpha {alpha:g}" if alpha else ""))
+    for T in (32, 64, 128, 256) for alpha in (0, 0.25, 0.5, 1, 2, 4, 8))
+
+FIG7 = tuple(
+    Row(f"pi_init = {gate_init}", family, f"{GA} --gate linear --gate-init {gate_init}")
+    for family in ("bert", "vit") for gate_init in (0.1, 0.25, 0.5, 0.75, 0.9, 0.97))
 
 # ---- the blog: training in eight bits ----
 
@@ -62,7 +208,21 @@ def at_bits(row, bits):
     return Row(f"{row.label}, {bits} bits", row.family, row.flags + more, "", laptop)
 
 
+BERT_6L = {"bert": RECIPES["paper"]["bert"].replace("--preset paper", "--preset bert-6l")}
+
 EXPERIMENTS = {
+    "table1": Experiment("Clipped softmax's gamma and zeta on BERT (Table 1)", TABLE1),
+    "table2": Experiment("The best of each family (Table 2)", TABLE2, seeds=2),
+    "table4": Experiment("BERT, all settings (Table 4)", TABLE4),
+    "table5": Experiment("OPT, all settings (Table 5)", TABLE5),
+    "table6": Experiment("ViT, all settings (Table 6)", TABLE6),
+    "table7": Experiment("Clipped softmax's gamma and zeta on ViT (Table 7)", TABLE7,
+                         recipes={"paper": {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
+    "fig6": Experiment("gamma = -alpha/T for several lengths T (Figure 6)", FIG6, recipes={
+        "laptop": {"bert": "--steps 1200"}, "paper": BERT_6L}),
+    "fig7": Experiment("How open gates start (Figure 7)", FIG7, recipes={
+        "paper": BERT_6L | {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
+    "bits": Experiment("From eight bits down to four", TABLE2, columns="bits", seeds=2, quantize="--sweep"),
     "blog": Experiment(
         "Training in eight bits and fewer (the blog's Table 2, Figures 5 and 6)", columns="blog",
         rows=BLOG + tuple(at_bits(row, bits) for bits in (6, 4) for row in BLOG[3:]),
