@@ -270,10 +270,10 @@ def evaluation_shapes(device):
 
 @torch.no_grad()
 def outliers(args):
-    """Watching the default taps against a plain validation pass, fp32."""
+    """Watching the taps that training logs against a plain validation pass, fp32."""
     for title, model, tokens in evaluation_shapes(args.device):
         def watched():
-            with watch(model):
+            with watch(model, ("layer_input", "ffn_output", "layer_output")):
                 model(tokens)
         seconds = in_turns({"plain pass": lambda: model(tokens), "watched": watched}, 4 * args.rounds, args.device)
         report(f"watching outliers, {title}", seconds, "plain pass")

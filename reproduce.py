@@ -62,12 +62,14 @@ def main(argv=None):
             verify(name, jobs[0], results / f"{name}.json")
         else:
             run_all(jobs, args.jobs)
-            table = {"title": EXPERIMENTS[name].title, "columns": EXPERIMENTS[name].columns, "steps": args.steps,
+            table = {"name": name, "title": EXPERIMENTS[name].title, "columns": EXPERIMENTS[name].columns, "steps": args.steps,
                      "rows": collect(jobs), "versions": versions(), "machine": machine()}
             results.mkdir(parents=True, exist_ok=True)
             write_atomically(results / f"{name}.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
             write_atomically(results / f"{name}.md", lambda path: path.write_text(markdown(table)))
             print(markdown(table))
+            if EXPERIMENTS[name].xlabel:
+                draw(EXPERIMENTS[name], table, results)
     if args.write_readme:
         readme = ROOT / "README.md"
         text = with_tables(readme.read_text(), results)
@@ -252,6 +254,28 @@ def markdown(table):
     seeds = len(table["rows"][0]["seeds"])
     return (f"{table['title']}.{shortened} {seeds} training seed{'s' if seeds > 1 else ''}, 3 calibrations; "
             f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
+
+
+def draw(experiment, table, results):
+    """results/NAME-FAMILY.png: quality and norm over the setting, a line per group of rows. Needs matplotlib."""
+    try:
+        from minq import figures
+    except ImportError:
+        return print("pip install -e '.[plots]' draws this as a figure, too")
+    places = {(row.family, row.label): row for row in experiment.rows}
+    lines = {}  # family -> line -> quantity -> (x, values)
+    for row in table["rows"]:
+        place = places[row["family"], row["label"]]
+        line = lines.setdefault(row["family"], {}).setdefault(place.line, {})
+        for quantity, value in {f"{row['metric']}, floating point": row["fp"], f"{row['metric']}, W8A8": row["quantized"]["8x8"],
+                                "max inf norm": row["max_inf_norm"], "avg kurtosis (not excess)": row["avg_kurtosis"]}.items():
+            x, values = line.setdefault(quantity, ([], []))
+            x.append(place.x)
+            values.append(value["mean"])
+    for family, series in lines.items():
+        path = results / f"{table['name']}-{family}.png"
+        path.write_bytes(figures.png(figures.curves(series, f"{family}: {experiment.title}", experiment.xlabel)))
+        print(path)
 
 
 def with_tables(text, results):

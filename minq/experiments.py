@@ -26,6 +26,8 @@ class Row:
     flags: str = ""             # of its training script
     published: str = ""         # FP | max inf norm | avg kurtosis | W8A8; of the blog, the perplexity
     laptop: str | None = None   # flags at the scale of a laptop, where they differ
+    line: str = ""              # in a figure: the row's line,
+    x: str = ""                 # and its place on the x-axis
 
     def flags_at(self, scale):
         return self.laptop if scale == "laptop" and self.laptop is not None else self.flags
@@ -37,6 +39,7 @@ class Experiment:
     rows: tuple
     columns: str = "quantized"  # a key of reproduce.COLUMNS
     seeds: int = 1              # training seeds
+    xlabel: str = ""            # of the figure, if it has one
     quantize: str = ""          # flags of quantize.py, beside QUANTIZE's
     recipes: dict = field(default_factory=dict)  # {scale: {family: flags}} instead of RECIPES'
 
@@ -183,11 +186,12 @@ TABLE2 = (
 FIG6 = tuple(
     Row(f"T = {T}, " + (f"alpha = {alpha:g}" if alpha else "vanilla"), "bert",
         f"--seq-len {T}" + (f" {CS} --alpha {alpha:g}" if alpha else ""),
-        laptop=f"--seq-len {T} --batch-size {1024 // T}" + (f" {CS} --alpha {alpha:g}" if alpha else ""))
+        laptop=f"--seq-len {T} --batch-size {1024 // T}" + (f" {CS} --alpha {alpha:g}" if alpha else ""),
+        line=f"T = {T}", x=f"{alpha:g}")
     for T in (32, 64, 128, 256) for alpha in (0, 0.25, 0.5, 1, 2, 4, 8))
 
 FIG7 = tuple(
-    Row(f"pi_init = {gate_init}", family, f"{GA} --gate linear --gate-init {gate_init}")
+    Row(f"pi_init = {gate_init}", family, f"{GA} --gate linear --gate-init {gate_init}", line="linear gate", x=f"{gate_init}")
     for family in ("bert", "vit") for gate_init in (0.1, 0.25, 0.5, 0.75, 0.9, 0.97))
 
 # ---- the blog: training in eight bits ----
@@ -218,9 +222,9 @@ EXPERIMENTS = {
     "table6": Experiment("ViT, all settings (Table 6)", TABLE6),
     "table7": Experiment("Clipped softmax's gamma and zeta on ViT (Table 7)", TABLE7,
                          recipes={"paper": {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
-    "fig6": Experiment("gamma = -alpha/T for several lengths T (Figure 6)", FIG6, recipes={
+    "fig6": Experiment("gamma = -alpha/T for several lengths T (Figure 6)", FIG6, xlabel="alpha (0 is vanilla)", recipes={
         "laptop": {"bert": "--steps 1200"}, "paper": BERT_6L}),
-    "fig7": Experiment("How open gates start (Figure 7)", FIG7, recipes={
+    "fig7": Experiment("How open gates start (Figure 7)", FIG7, xlabel="pi_init", recipes={
         "paper": BERT_6L | {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
     "bits": Experiment("From eight bits down to four", TABLE2, columns="bits", seeds=2, quantize="--sweep"),
     "blog": Experiment(

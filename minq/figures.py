@@ -283,9 +283,9 @@ def grids(values, parameters, n_bits, title):
 
 
 @style
-def curves(runs, title):
-    """{run: {quantity: (steps, values)}}: a panel per quantity, a line per run (blog, Figures 3, 5 and 6). Norms,
-    kurtoses and perplexities on log scales."""
+def curves(runs, title, xlabel="step"):
+    """{run: {quantity: (steps, values)}}: a panel per quantity, a line per run (blog, Figures 3, 5 and 6; Figures 6
+    and 7, over settings in words instead of steps). Norms, kurtoses and perplexities on log scales."""
     quantities = list(next(iter(runs.values())))
     rows = math.ceil(len(quantities) / 2)
     figure, axes = sheet(title, rows, 2, 9, 0.9 + 2.5 * rows)
@@ -295,7 +295,7 @@ def curves(runs, title):
         for i, (name, series) in enumerate(runs.items()):
             ax.plot(*series[quantity], marker=".", **line_style(i), label=name)
         logarithmic = quantity.startswith(("perplexity", "max inf", "avg kurtosis"))
-        ax.set(xlabel="step", title=quantity + (" (log scale)" if logarithmic else ""))
+        ax.set(xlabel=xlabel, title=quantity + (" (log scale)" if logarithmic else ""))
         if logarithmic:
             ax.set_yscale("log")
             plain_log_ticks(ax.yaxis)

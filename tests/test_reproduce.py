@@ -1,5 +1,5 @@
 """Experiments: every row's flags are ones that its script takes; runs are made once, resumed, verified, tabulated."""
-import importlib
+import importlib.util
 import json
 import shlex
 
@@ -39,17 +39,20 @@ def tiny(corpus, tmp_path, monkeypatch):
     """An experiment of two rows of a few steps, in a folder of its own."""
     recipe = {"laptop": {"bert": shlex.join([*SMALL, "--data", corpus, "--save-every", "3"])}}
     monkeypatch.setitem(EXPERIMENTS, "blog", Experiment(
-        "Two rows", (Row("Vanilla", "bert", published="4.49 ±0.01 | 735 ±55 | 3076 ±262 | 1294 ±1046"), Row("CS", "bert", "--attention clipped")),
+        "Two rows", (Row("Vanilla", "bert", published="4.49 ±0.01 | 735 ±55 | 3076 ±262 | 1294 ±1046", line="T = 16", x="0"),
+                     Row("CS", "bert", "--attention clipped", line="T = 16", x="1")), xlabel="alpha",
         quantize="--batches 1 --seeds 2", recipes=recipe))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def test_runs_once_resumes_verifies_and_writes_its_table(tiny):
+def test_runs_once_draws_resumes_verifies_and_writes_its_table(tiny):
     out, _ = run("reproduce.py", "blog", "--jobs", 2)
     table = json.loads((tiny / "results" / "blog.json").read_text())
     assert [row["label"] for row in table["rows"]] == ["Vanilla", "CS"] and "735 ±55" in out
     assert (tiny / "results" / "blog.md").read_text() in out
+    if importlib.util.find_spec("matplotlib"):
+        assert (tiny / "results" / "blog-bert.png").read_bytes().startswith(b"\x89PNG")
     first = table["rows"][0]
     assert first["fp"]["mean"] == first["as_trained"]["mean"] and first["quantized"]["8x8"]["std"] is not None
     folders = sorted((tiny / "runs" / "reproduce").iterdir())
