@@ -53,13 +53,14 @@ def main(argv=None):
         raise UserError(f"nothing to do; name some of {' '.join(EXPERIMENTS)}, or give --write-readme")
 
     for name in args.names:
+        if args.verify:
+            verify(name, args)
+            continue
         jobs = [Job(name, row, seed, args) for row in EXPERIMENTS[name].rows for seed in range(EXPERIMENTS[name].seeds)]
         if args.preset == "paper":
             print(f"# {EXPERIMENTS[name].title}: on one GPU; on several, torchrun --nproc-per-node N instead of the first python")
             for job in jobs:
                 print(f"{job.text()}  # {job.row.label}")
-        elif args.verify:
-            verify(name, jobs[0], results / f"{name}.json")
         else:
             run_all(jobs, args.jobs)
             table = {"name": name, "title": EXPERIMENTS[name].title, "columns": EXPERIMENTS[name].columns, "steps": args.steps,
@@ -200,11 +201,14 @@ def machine():
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
 
-def verify(name, job, path):
+def verify(name, args):
     """Retrain one row and compare its metrics.jsonl with the hash in results/."""
+    path = Path(args.results) / f"{name}.json"
     if not path.exists():
         raise UserError(f"{path}: no results yet; run: python reproduce.py {name}")
     table = json.loads(path.read_text())
+    args.steps = table["steps"]
+    job = Job(name, EXPERIMENTS[name].rows[0], 0, args)
     expected = table["rows"][0]["metrics_sha256"][0]
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "run")

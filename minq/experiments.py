@@ -212,7 +212,7 @@ def at_bits(row, bits):
     return Row(f"{row.label}, {bits} bits", row.family, row.flags + more, "", laptop)
 
 
-BERT_6L = {"bert": RECIPES["paper"]["bert"].replace("--preset paper", "--preset bert-6l")}
+BERT_6L, BLOG_BERT = ({"bert": RECIPES["paper"]["bert"].replace("--preset paper", f"--preset {preset}")} for preset in ("bert-6l", "blog"))
 
 EXPERIMENTS = {
     "table1": Experiment("Clipped softmax's gamma and zeta on BERT (Table 1)", TABLE1),
@@ -230,5 +230,5 @@ EXPERIMENTS = {
     "blog": Experiment(
         "Training in eight bits and fewer (the blog's Table 2, Figures 5 and 6)", columns="blog",
         rows=BLOG + tuple(at_bits(row, bits) for bits in (6, 4) for row in BLOG[3:]),
-        recipes={"paper": {"bert": "--preset blog"}}),
+        recipes={"paper": BLOG_BERT}),
 }
