@@ -38,14 +38,14 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {' '.join(EXPERIMENTS)}")
     parser.add_argument("--preset", choices=RECIPES, default="laptop", help="laptop runs; paper prints the commands for GPUs")
-    parser.add_argument("--jobs", type=flags.positive, default=os.cpu_count(), help="runs at a time, a thread each (default: the cores)")
-    parser.add_argument("--steps", type=flags.positive, help="shorten every run to so many steps; the table says so")
+    parser.add_argument("--jobs", type=flags.positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
+                        help="runs at a time, a thread each (default: one on a GPU, else as many as there are cores)")
+    parser.add_argument("--steps", type=flags.positive, help="shorten every run; the results are NAME-N-steps")
     parser.add_argument("--verify", action="store_true", help="retrain the first row of each and compare with results/")
     parser.add_argument("--runs", default="runs/reproduce", help="folder of the runs")
     parser.add_argument("--results", default="results", help="folder of the tables")
     parser.add_argument("--write-readme", action="store_true", help="put the tables of results/ into README.md")
     args = parser.parse_args(argv)
-    results = Path(args.results)
     for name in args.names:
         if name not in EXPERIMENTS:
             raise UserError(f"{name}: no such experiment; expected some of {' '.join(EXPERIMENTS)}")
@@ -63,18 +63,24 @@ def main(argv=None):
                 print(f"{job.text()}  # {job.row.label}")
         else:
             run_all(jobs, args.jobs)
-            table = {"name": name, "title": EXPERIMENTS[name].title, "columns": EXPERIMENTS[name].columns, "steps": args.steps,
+            table = {"title": EXPERIMENTS[name].title, "columns": EXPERIMENTS[name].columns, "steps": args.steps,
                      "rows": collect(jobs), "versions": versions(), "machine": machine()}
-            results.mkdir(parents=True, exist_ok=True)
-            write_atomically(results / f"{name}.json", lambda path: path.write_text(json.dumps(table, indent=1) + "\n"))
-            write_atomically(results / f"{name}.md", lambda path: path.write_text(markdown(table)))
+            path = results_of(name, args)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(path, lambda new: new.write_text(json.dumps(table, indent=1) + "\n"))
+            write_atomically(path.with_suffix(".md"), lambda new: new.write_text(markdown(table)))
             print(markdown(table))
             if EXPERIMENTS[name].xlabel:
-                draw(EXPERIMENTS[name], table, results)
+                draw(EXPERIMENTS[name], table, path)
     if args.write_readme:
         readme = ROOT / "README.md"
-        text = with_tables(readme.read_text(), results)
+        text = with_tables(readme.read_text(), Path(args.results))
         write_atomically(readme, lambda path: path.write_text(text))
+
+
+def results_of(name, args):
+    """The file of an experiment's results; a shortened one has its own."""
+    return Path(args.results) / (f"{name}-{args.steps}-steps.json" if args.steps else f"{name}.json")
 
 
 # ---- one run ----
@@ -113,8 +119,8 @@ class Job:
 
 def slug(words):
     """Flags as a piece of a file's name: --gamma -0.03 --fake-quant -> -gamma_-0.03-fake-quant"""
-    where_data_is = re.sub(r"--(data|vocab-size|special-ids) \S+", "", " ".join(words)).split()
-    return "".join(f"-{word[2:]}" if word.startswith("--") else f"_{word}" for word in where_data_is)
+    settings = re.sub(r"--(vocab-size|special-ids) \S+|--data \S*[./]\S*", "", " ".join(words))  # not where data is
+    return "".join(f"-{word[2:]}" if word.startswith("--") else f"_{word}" for word in settings.split())
 
 
 def start(command, quiet):
@@ -203,11 +209,10 @@ def machine():
 
 def verify(name, args):
     """Retrain one row and compare its metrics.jsonl with the hash in results/."""
-    path = Path(args.results) / f"{name}.json"
+    path = results_of(name, args)
     if not path.exists():
         raise UserError(f"{path}: no results yet; run: python reproduce.py {name}")
     table = json.loads(path.read_text())
-    args.steps = table["steps"]
     job = Job(name, EXPERIMENTS[name].rows[0], 0, args)
     expected = table["rows"][0]["metrics_sha256"][0]
     with tempfile.TemporaryDirectory() as folder:
@@ -260,8 +265,8 @@ def markdown(table):
             f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
 
 
-def draw(experiment, table, results):
-    """results/NAME-FAMILY.png: quality and norm over the setting, a line per group of rows. Needs matplotlib."""
+def draw(experiment, table, path):
+    """NAME-FAMILY.png beside NAME.json: quality and norm over the setting, a line per group of rows. Needs matplotlib."""
     try:
         from minq import figures
     except ImportError:
@@ -277,9 +282,9 @@ def draw(experiment, table, results):
             x.append(place.x)
             values.append(value["mean"])
     for family, series in lines.items():
-        path = results / f"{table['name']}-{family}.png"
-        path.write_bytes(figures.png(figures.curves(series, f"{family}: {experiment.title}", experiment.xlabel)))
-        print(path)
+        picture = path.with_name(f"{path.stem}-{family}.png")
+        picture.write_bytes(figures.png(figures.curves(series, f"{family}: {experiment.title}", experiment.xlabel)))
+        print(picture)
 
 
 def with_tables(text, results):
