@@ -138,7 +138,8 @@ GATES = {
 # function or module from scores to probabilities) or its gate, and name it here.
 ATTENTIONS = {
     "vanilla": lambda c: (ClippedSoftmax(), None),
-    "clipped": lambda c: (ClippedSoftmax(c.gamma, c.zeta) if c.row_alpha is None else RowClippedSoftmax(c.row_alpha, c.zeta), None),
+    "clipped": lambda c: (ClippedSoftmax(c.gamma, c.zeta) if c.row_alpha is None
+                          else RowClippedSoftmax(c.row_alpha, c.zeta), None),
     "gated": lambda c: (ClippedSoftmax(), GATES[c.gate](c)),
 }
 

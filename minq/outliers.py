@@ -56,8 +56,9 @@ def outlier_counts(x):
 class watch:
     """Context manager: average `measure` over every sample that passes the named taps of each layer.
 
-    taps: names without the _tap suffix, or "layer_input", what each block gets (the blog's norms). measure: a function from an activation to a dict of
-    per-sample tensors, (B, ...). After use, `mean[tap][metric]` is a list with an entry per layer.
+    taps: names without the _tap suffix, or "layer_input", what each block gets (the blog's norms).
+    measure: a function from an activation to a dict of per-sample tensors, (B, ...). After use,
+    `mean[tap][metric]` is a list with an entry per layer.
     """
 
     def __init__(self, model, taps=("ffn_output", "layer_output"), measure=norms):
