@@ -104,9 +104,9 @@ def mean_and_std(values):
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None, "all": values}
 
 
-def with_std(result):
-    """4.52 +-0.01"""
-    return f"{result['mean']:.4g}" + ("" if result["std"] is None else f" ±{result['std']:.2g}")
+def with_std(result, digits=4):
+    """4.52 ±0.01"""
+    return f"{result['mean']:.{digits}g}" + ("" if result["std"] is None else f" ±{result['std']:.2g}")
 
 
 def row(name, checkpoint, metric, floating, quantized, outliers):

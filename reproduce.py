@@ -14,7 +14,6 @@ import os
 import platform
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from minq import flags
 from minq.errors import UserError, one_line_errors
 from minq.experiments import EXPERIMENTS, RECIPES
 from minq.training import load_checkpoint, write_atomically
+from quantize import mean_and_std, with_std
 
 ROOT = Path(__file__).parent
 
@@ -188,10 +188,6 @@ def collect(jobs):
     return rows
 
 
-def mean_and_std(values):
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
-
-
 def sha256_of(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -227,26 +223,22 @@ def verify(name, args):
 
 # ---- tables ----
 
-def cell(result, digits=4):
-    return f"{result['mean']:.{digits}g}" + ("" if result["std"] is None else f" ±{result['std']:.2g}")
-
-
 def quantized_columns(row):
     published = [part.strip() for part in row["published"].split("|")] if row["published"] else [""] * 4
     ours = {"FP": row["fp"], "max inf norm": row["max_inf_norm"], "avg kurtosis": row["avg_kurtosis"], "W8A8": row["quantized"]["8x8"]}
-    return ({name: cell(value, 3 if name in ("max inf norm", "avg kurtosis") else 4) for name, value in ours.items()}
+    return ({name: with_std(value, 3 if name in ("max inf norm", "avg kurtosis") else 4) for name, value in ours.items()}
             | {f"{name} (paper)": value for name, value in zip(ours, published)})
 
 
 def bits_columns(row):
-    return {"FP": cell(row["fp"])} | {f"W{key.replace('x', 'A')}": cell(value) for key, value in row["quantized"].items()}
+    return {"FP": with_std(row["fp"])} | {f"W{key.replace('x', 'A')}": with_std(value) for key, value in row["quantized"].items()}
 
 
 def blog_columns(row):
-    return {"ppl ↓ as trained": cell(row["as_trained"]), "ppl ↓, fake quantization off": cell(row["fp"]),
-            "ppl ↓ (blog)": row["published"], "training loss": cell(row["loss"]),
-            "largest inf norm of a layer's input": cell(row["layer_input_norm"], 3),
-            "ppl ↓, off, then W8A8 after training": cell(row["quantized"]["8x8"])}
+    return {"ppl ↓ as trained": with_std(row["as_trained"]), "ppl ↓, fake quantization off": with_std(row["fp"]),
+            "ppl ↓ (blog)": row["published"], "training loss": with_std(row["loss"]),
+            "largest inf norm of a layer's input": with_std(row["layer_input_norm"], 3),
+            "ppl ↓, off, then W8A8 after training": with_std(row["quantized"]["8x8"])}
 
 
 COLUMNS = {"quantized": quantized_columns, "bits": bits_columns, "blog": blog_columns}
@@ -260,8 +252,10 @@ def markdown(table):
     lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1),
              *("| " + " | ".join(row.values()) + " |" for row in rows)]
     shortened = f" **Shortened to {table['steps']} steps.**" if table["steps"] else ""
-    seeds = len(table["rows"][0]["seeds"])
-    return (f"{table['title']}.{shortened} {seeds} training seed{'s' if seeds > 1 else ''}, 3 calibrations; "
+    first = table["rows"][0]
+    seeds = len(first["seeds"])
+    calibrations = len(next(iter(first["quantized"].values()))["all"]) // seeds
+    return (f"{table['title']}.{shortened} {seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations; "
             f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
 
 
@@ -291,6 +285,8 @@ def with_tables(text, results):
     """The README with the table of results/NAME.md between each pair of marks."""
     def replace(match):
         path = results / f"{match.group(1)}.md"
+        if not path.exists():
+            raise UserError(f"{path}: no results yet; run: python reproduce.py {match.group(1)}")
         return f"<!-- results/{match.group(1)}.md -->\n{path.read_text()}<!-- end -->"
     return re.sub(r"<!-- results/(\w+)\.md -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 

@@ -54,6 +54,7 @@ def test_runs_once_draws_resumes_verifies_and_writes_its_table(tiny):
     if importlib.util.find_spec("matplotlib"):
         assert (tiny / "results" / "blog-bert.png").read_bytes().startswith(b"\x89PNG")
     first = table["rows"][0]
+    assert "1 training seed, 2 calibrations" in out
     assert first["fp"]["mean"] == first["as_trained"]["mean"] and first["quantized"]["8x8"]["std"] is not None
     folders = sorted((tiny / "runs" / "reproduce").iterdir())
     assert len(folders) == 2
@@ -107,3 +108,8 @@ def test_tables_are_made_from_their_results(path):
 def test_the_readme_shows_the_tables_of_results():
     readme = (ROOT / "README.md").read_text()
     assert reproduce.with_tables(readme, ROOT / "results") == readme
+
+
+def test_a_table_without_results_is_named(tmp_path):
+    _, err = run("reproduce.py", "--write-readme", "--results", tmp_path, code=2)
+    assert "blog.md: no results yet; run: python reproduce.py blog" in err and err.count("\n") == 1
