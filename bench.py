@@ -89,22 +89,49 @@ def training_step(model, loss, args):
     return step
 
 
-# ---- groups: a training step against Hugging Face's ----
+# ---- what is trained: the paper's models, on one batch ----
 
-def bert_batch(args):
-    """Batch 8, T 128: our (inputs, targets), and Hugging Face's labels."""
+def bert_task(args):
+    """BERT-base, batch 8, T 128: build(**settings) -> (model, its loss); Hugging Face's inputs and labels."""
     loader = MaskedText(load_text("stdlib"), 128)
     tokens, labels = loader.train_batch(0, 0, 8)
-    return to_device(loader.to_model(tokens, labels), args.device), torch.from_numpy(labels).to(args.device)
+    (inputs, positions), targets = to_device(loader.to_model(tokens, labels), args.device)
 
+    def build(**settings):
+        model = Bert(BertConfig(**BERT_BASE, vocab_size=30522, **settings)).to(args.device)
+        return model, lambda: F.cross_entropy(model(inputs, positions).float(), targets)  # at the masked positions only
+    return build, inputs, torch.from_numpy(labels).to(args.device)
+
+
+def opt_task(args):
+    """OPT-125m, batch 4, T 512."""
+    tokens, labels = CausalText(load_text("stdlib"), 512).train_batch(0, 0, 4)
+    tokens, labels = torch.from_numpy(tokens).to(args.device), torch.from_numpy(labels).to(args.device)
+
+    def build(**settings):
+        model = Opt(OptConfig(**BERT_BASE | {"seq_len": 512}, vocab_size=50272, **settings)).to(args.device)
+        return model, lambda: F.cross_entropy(model(tokens).float().flatten(0, 1), labels.flatten())
+    return build, tokens, tokens  # Hugging Face's OPT shifts the labels by itself
+
+
+def vit_task(args):
+    """ViT-S/16, batch 16 of 224 pixels."""
+    images, labels = torch.rand(16, 3, 224, 224, device=args.device), torch.randint(1000, (16,), device=args.device)
+
+    def build(**settings):
+        model = ViT(ViTConfig(**VIT_S, **settings)).to(args.device)
+        return model, lambda: F.cross_entropy(model(images).float(), labels)
+    return build, images, labels
+
+
+TASKS = {"bert": bert_task, "opt": opt_task, "vit": vit_task}
+TITLES = {"bert": "BERT-base, batch 8, T 128", "opt": "OPT-125m, batch 4, T 512", "vit": "ViT-S/16, batch 16"}
+
+
+# ---- groups: a training step against Hugging Face's ----
 
 def bert(args):
-    """BERT-base; ours predicts at the masked positions only."""
-    ((inputs, positions), targets), labels = bert_batch(args)
-
-    def ours(**settings):
-        model = Bert(BertConfig(**BERT_BASE, vocab_size=30522, **settings)).to(args.device)
-        return model, lambda: F.cross_entropy(model(inputs, positions).float(), targets)
+    ours, inputs, labels = bert_task(args)
 
     def theirs(dropout, attention):
         model = transformers().BertForMaskedLM(transformers().BertConfig(
@@ -112,41 +139,30 @@ def bert(args):
             attn_implementation=attention)).to(args.device).train()
         return model, lambda: model(inputs, labels=labels).loss
 
-    against("BERT-base, batch 8, T 128", ours, theirs, args)
+    against(TITLES["bert"], ours, theirs, args)
 
 
 def opt(args):
-    """OPT-125m, batch 4, T 512."""
-    tokens, labels = CausalText(load_text("stdlib"), 512).train_batch(0, 0, 4)
-    tokens, labels = torch.from_numpy(tokens).to(args.device), torch.from_numpy(labels).to(args.device)
-
-    def ours(**settings):
-        model = Opt(OptConfig(**BERT_BASE | {"seq_len": 512}, vocab_size=50272, **settings)).to(args.device)
-        return model, lambda: F.cross_entropy(model(tokens).float().flatten(0, 1), labels.flatten())
+    ours, inputs, labels = opt_task(args)
 
     def theirs(dropout, attention):
         model = transformers().OPTForCausalLM(transformers().OPTConfig(
             dropout=dropout, attention_dropout=dropout, attn_implementation=attention)).to(args.device).train()
-        return model, lambda: model(tokens, labels=tokens).loss  # shifts the labels by itself
+        return model, lambda: model(inputs, labels=labels).loss
 
-    against("OPT-125m, batch 4, T 512", ours, theirs, args)
+    against(TITLES["opt"], ours, theirs, args)
 
 
 def vit(args):
-    """ViT-S/16, batch 16 of 224 pixels."""
-    images, labels = torch.rand(16, 3, 224, 224, device=args.device), torch.randint(1000, (16,), device=args.device)
-
-    def ours(**settings):
-        model = ViT(ViTConfig(**VIT_S, **settings)).to(args.device)
-        return model, lambda: F.cross_entropy(model(images).float(), labels)
+    ours, inputs, labels = vit_task(args)
 
     def theirs(dropout, attention):
         model = transformers().ViTForImageClassification(transformers().ViTConfig(
             hidden_size=384, num_attention_heads=6, intermediate_size=1536, layer_norm_eps=1e-6, num_labels=1000,
             hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, attn_implementation=attention)).to(args.device).train()
-        return model, lambda: model(images, labels=labels).loss
+        return model, lambda: model(inputs, labels=labels).loss
 
-    against("ViT-S/16, batch 16", ours, theirs, args)
+    against(TITLES["vit"], ours, theirs, args)
 
 
 def transformers():
@@ -164,40 +180,40 @@ def against(title, ours, theirs, args):
         report(f"{title}: a training step, {args.precision}, dropout {dropout}", seconds, best)
 
 
-# ---- group: what each attention costs ----
+# ---- group: what each attention costs (Table 8) ----
+
+METHODS = {"vanilla": {}, "clipped softmax": dict(attention="clipped", gamma=-0.03),
+           **{f"gated attention, {gate}": dict(attention="gated", gate=gate) for gate in ("linear", "mlp", "all-heads")}}
+FUSED = "vanilla, fused where faster"
+
+
+def method_seconds(family, dropout, args):
+    """Seconds of each round of a training step, by attention; "vanilla" is without the fused kernel, as in the paper."""
+    build = TASKS[family](args)[0]
+
+    def explicit(model, loss):
+        for layer in model.layers:  # a watched tap keeps the fused kernel away
+            layer.attention.probs_tap.register_forward_hook(lambda *_: None)
+        return model, loss
+
+    models = {name: explicit(*build(dropout=dropout, **settings)) for name, settings in METHODS.items()}
+    models[FUSED] = build(dropout=dropout)
+    return in_turns({name: training_step(*pair, args) for name, pair in models.items()}, args.rounds, args.device)
+
 
 def attention(args):
-    """A training step of BERT-base by attention, against vanilla attention without the fused kernel."""
-    (inputs, positions), targets = bert_batch(args)[0]
-
-    def step(explicit=False, **settings):
-        model = Bert(BertConfig(**BERT_BASE, vocab_size=30522, dropout=dropout, **settings)).to(args.device)
-        if explicit:  # a watched tap keeps the fused kernel away
-            for layer in model.layers:
-                layer.attention.probs_tap.register_forward_hook(lambda *_: None)
-        return training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), args)
-
-    for dropout in args.dropout:
-        functions = {"vanilla, explicit": step(explicit=True), "vanilla, as chosen": step(),
-                     "clipped": step(attention="clipped", gamma=-0.03),
-                     **{f"gated, {gate}": step(attention="gated", gate=gate) for gate in ("linear", "mlp", "all-heads")}}
-        seconds = in_turns(functions, args.rounds, args.device)
-        report(f"BERT-base, batch 8, T 128, by attention: a training step, {args.precision}, dropout {dropout}",
-               seconds, "vanilla, explicit")
+    for family in TASKS:
+        for dropout in args.dropout:
+            report(f"{TITLES[family]}, by attention: a training step, {args.precision}, dropout {dropout}",
+                   method_seconds(family, dropout, args), "vanilla")
 
 
 # ---- group: training in eight bits ----
 
 def fake_quant(args):
     """A fake-quantized training step of BERT-base against floating point, and its memory."""
-    (inputs, positions), targets = bert_batch(args)[0]
-
-    def step(kind):
-        model = FAKE_QUANTIZED[kind](Bert(BertConfig(**BERT_BASE, vocab_size=30522)).to(args.device))
-        return training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), args)
-
-    seconds = in_turns({kind: step(kind) for kind in FAKE_QUANTIZED}, args.rounds, args.device)
-    report(f"BERT-base, batch 8, T 128: a training step, {args.precision}", seconds, "floating point")
+    seconds = in_turns({kind: fake_quantized_step(kind, args) for kind in FAKE_QUANTIZED}, args.rounds, args.device)
+    report(f"{TITLES['bert']}: a training step, {args.precision}", seconds, "floating point")
 
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each, for its peak
         peaks = {kind: pool.apply(peak_memory, (kind, args)) for kind in FAKE_QUANTIZED}
@@ -206,11 +222,15 @@ def fake_quant(args):
         print(f"  {kind:42s} {peak / 2 ** 20:9.0f} MiB  {peak / peaks['floating point']:5.2f}x")
 
 
+def fake_quantized_step(kind, args):
+    model, loss = bert_task(args)[0]()
+    FAKE_QUANTIZED[kind](model)
+    return training_step(model, loss, args)
+
+
 def peak_memory(kind, args):
     """Bytes that three training steps need at most: on a GPU, or of this process."""
-    (inputs, positions), targets = bert_batch(args)[0]
-    model = FAKE_QUANTIZED[kind](Bert(BertConfig(**BERT_BASE, vocab_size=30522)).to(args.device))
-    step = training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), args)
+    step = fake_quantized_step(kind, args)
     for _ in range(3):
         step()
     if args.device.type == "cuda":

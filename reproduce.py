@@ -8,6 +8,7 @@
 
 The experiments stand in minq/experiments.py. Results land in results/NAME.json and results/NAME.md.
 """
+import argparse
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import bench
 from minq import flags
 from minq.errors import UserError, one_line_errors
 from minq.experiments import EXPERIMENTS, RECIPES
@@ -30,6 +32,7 @@ from minq.training import load_checkpoint, write_atomically
 from quantize import mean_and_std, with_std
 
 ROOT = Path(__file__).parent
+TIMING = "python bench.py attention --dropout 0"  # what an experiment of run times runs
 
 
 @one_line_errors
@@ -40,7 +43,7 @@ def main(argv=None):
     parser.add_argument("--preset", choices=RECIPES, default="laptop", help="laptop runs; paper prints the commands for GPUs")
     parser.add_argument("--jobs", type=flags.positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
                         help="runs at a time, a thread each (default: one on a GPU, else as many as there are cores)")
-    parser.add_argument("--steps", type=flags.positive, help="shorten every run; the results are NAME-N-steps")
+    parser.add_argument("--steps", type=flags.positive, help="shorten every run (table8: its rounds); the results are NAME-N-steps")
     parser.add_argument("--verify", action="store_true", help="retrain the first row of each and compare with results/")
     parser.add_argument("--runs", default="runs/reproduce", help="folder of the runs")
     parser.add_argument("--results", default="results", help="folder of the tables")
@@ -53,25 +56,25 @@ def main(argv=None):
         raise UserError(f"nothing to do; name some of {' '.join(EXPERIMENTS)}, or give --write-readme")
 
     for name in args.names:
+        experiment = EXPERIMENTS[name]
+        jobs = [Job(name, row, seed, args) for row in experiment.rows for seed in range(experiment.seeds)]
         if args.verify:
             verify(name, args)
-            continue
-        jobs = [Job(name, row, seed, args) for row in EXPERIMENTS[name].rows for seed in range(EXPERIMENTS[name].seeds)]
-        if args.preset == "paper":
-            print(f"# {EXPERIMENTS[name].title}: on one GPU; on several, torchrun --nproc-per-node N instead of the first python")
-            for job in jobs:
-                print(f"{job.text()}  # {job.row.label}")
+        elif args.preset == "paper":
+            print(f"# {experiment.title}: on one GPU; on several, torchrun --nproc-per-node N instead of the first python")
+            for line in [TIMING] if experiment.columns == "runtime" else [f"{job.text()}  # {job.row.label}" for job in jobs]:
+                print(line)
         else:
-            run_all(jobs, args.jobs)
-            table = {"title": EXPERIMENTS[name].title, "columns": EXPERIMENTS[name].columns, "steps": args.steps,
-                     "rows": collect(jobs), "versions": versions(), "machine": machine()}
+            rows = time_rows(experiment, args) if experiment.columns == "runtime" else run_rows(jobs, args)
+            table = {"title": experiment.title, "columns": experiment.columns, "steps": args.steps,
+                     "rows": rows, "versions": versions(), "machine": machine()}
             path = results_of(name, args)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda new: new.write_text(json.dumps(table, indent=1) + "\n"))
             write_atomically(path.with_suffix(".md"), lambda new: new.write_text(markdown(table)))
             print(markdown(table))
-            if EXPERIMENTS[name].xlabel:
-                draw(EXPERIMENTS[name], table, path)
+            if experiment.xlabel:
+                draw(experiment, table, path)
     if args.write_readme:
         readme = ROOT / "README.md"
         text = with_tables(readme.read_text(), Path(args.results))
@@ -164,8 +167,9 @@ def run_all(jobs, workers):
 
 # ---- results ----
 
-def collect(jobs):
-    """A row of results for each row of the experiment: means and sample deviations over its seeds."""
+def run_rows(jobs, args):
+    """Run what is missing. A row of results for each row of the experiment: means and sample deviations over its seeds."""
+    run_all(jobs, args.jobs)
     rows = []
     for row in dict.fromkeys(job.row for job in jobs):
         of_row = [job for job in jobs if job.row == row]
@@ -188,6 +192,17 @@ def collect(jobs):
     return rows
 
 
+def time_rows(experiment, args):
+    """Time the attentions of each family's model, in turns (bench.py): --steps rounds, or five."""
+    device = bench.pick_device(None)
+    settings = argparse.Namespace(device=device, precision=bench.pick_precision(None, device), rounds=args.steps or 5)
+    seconds = {family: bench.method_seconds(family, 0.0, settings) for family in bench.TASKS}
+    return [{"label": row.label, "family": row.family, "published": row.published,
+             "seconds": mean_and_std(seconds[row.family][row.label]),
+             "ratio": mean_and_std([a / b for a, b in zip(seconds[row.family][row.label], seconds[row.family]["vanilla"])]),
+             "precision": settings.precision, "commands": [TIMING]} for row in experiment.rows]
+
+
 def sha256_of(path):
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -206,6 +221,8 @@ def machine():
 def verify(name, args):
     """Retrain one row and compare its metrics.jsonl with the hash in results/."""
     path = results_of(name, args)
+    if EXPERIMENTS[name].columns == "runtime":
+        raise UserError(f"{name}: times are never the same twice; --verify is for the others")
     if not path.exists():
         raise UserError(f"{path}: no results yet; run: python reproduce.py {name}")
     table = json.loads(path.read_text())
@@ -241,7 +258,11 @@ def blog_columns(row):
             "ppl ↓, off, then W8A8 after training": with_std(row["quantized"]["8x8"])}
 
 
-COLUMNS = {"quantized": quantized_columns, "bits": bits_columns, "blog": blog_columns}
+def runtime_columns(row):
+    return {"seconds a step": with_std(row["seconds"], 3), "relative to vanilla": with_std(row["ratio"], 3), "hours (paper)": row["published"]}
+
+
+COLUMNS = {"quantized": quantized_columns, "bits": bits_columns, "blog": blog_columns, "runtime": runtime_columns}
 
 
 def markdown(table):
@@ -252,11 +273,16 @@ def markdown(table):
     lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1),
              *("| " + " | ".join(row.values()) + " |" for row in rows)]
     shortened = f" **Shortened to {table['steps']} steps.**" if table["steps"] else ""
-    first = table["rows"][0]
-    seeds = len(first["seeds"])
-    calibrations = len(next(iter(first["quantized"].values()))["all"]) // seeds
-    return (f"{table['title']}.{shortened} {seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations; "
+    return (f"{table['title']}.{shortened} {repetitions(table['rows'][0])}; "
             f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
+
+
+def repetitions(row):
+    if "seconds" in row:
+        return f"{row['precision']}, {len(row['seconds']['all'])} rounds in turns"
+    seeds = len(row["seeds"])
+    calibrations = len(next(iter(row["quantized"].values()))["all"]) // seeds
+    return f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations"
 
 
 def draw(experiment, table, path):

@@ -181,6 +181,16 @@ TABLE2 = (
     *pick(TABLE6, "Vanilla", "Vanilla, patch LN", "CS (gamma = -0.0001), patch LN", "GA, linear (pi_init = 0.5), patch LN"),
 )
 
+# ---- Table 8: run time, published in hours on A100 GPUs; labels are those of bench.METHODS ----
+
+TABLE8 = tuple(
+    Row(method, family, flags, hours)
+    for family, published in {"bert": ("92.8 ±1.2", "93.6 ±0.8", "97.7", "119.1"),
+                              "opt": ("53.6 ±0.4", "54.4 ±0.4", "55.7", "64.7"),
+                              "vit": ("101.8 ±0.3", "104.0 ±0.7", "110.8", "122.9")}.items()
+    for method, flags, hours in zip(("vanilla", "clipped softmax", "gated attention, linear", "gated attention, mlp"),
+                                    ("", CS, f"{GA} --gate linear", f"{GA} --gate mlp"), published))
+
 # ---- Figures 6 and 7: alpha against T; pi_init ----
 
 FIG6 = tuple(
@@ -222,6 +232,7 @@ EXPERIMENTS = {
     "table6": Experiment("ViT, all settings (Table 6)", TABLE6),
     "table7": Experiment("Clipped softmax's gamma and zeta on ViT (Table 7)", TABLE7,
                          recipes={"paper": {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
+    "table8": Experiment("Run time of a training step of the paper's models, dropout 0 (Table 8)", TABLE8, columns="runtime"),
     "fig6": Experiment("gamma = -alpha/T for several lengths T (Figure 6)", FIG6, xlabel="alpha (0 is vanilla)", recipes={
         "laptop": {"bert": "--steps 1200"}, "paper": BERT_6L}),
     "fig7": Experiment("How open gates start (Figure 7)", FIG7, xlabel="pi_init", recipes={

@@ -6,6 +6,7 @@ import shlex
 import pytest
 import torch
 
+import bench
 import reproduce
 from minq.experiments import EXPERIMENTS, Experiment, Row
 from test_scripts import ROOT, SMALL, corpus, run
@@ -82,6 +83,22 @@ def test_a_failing_run_is_named(tiny, monkeypatch):
     assert "--heads 5 does not divide --width 128" in err.splitlines()[-1]
     _, err = run("reproduce.py", "blog", "--verify", code=2)
     assert "no results yet" in err
+
+
+def test_table8_times_every_attention_of_every_family(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "BERT_BASE", dict(layers=1, width=8, heads=2, ffn=8, seq_len=128))
+    monkeypatch.setattr(bench, "VIT_S", dict(layers=1, width=8, heads=2, ffn=8, image_size=224, patch_size=112, classes=1000))
+    monkeypatch.setattr(bench, "in_turns", lambda functions, rounds, device: {  # as if clipping took twice as long
+        name: [function() or (2.0 if "clipped" in name else 1.0) for _ in range(rounds)] for name, function in functions.items()})
+    out, _ = run("reproduce.py", "table8", "--steps", 2)
+    rows = json.loads((tmp_path / "results" / "table8-2-steps.json").read_text())["rows"]
+    assert [(row["family"], row["label"], row["ratio"]["mean"]) for row in rows] == [
+        (family, label, 2.0 if "clipped" in label else 1.0) for family in ("bert", "opt", "vit")
+        for label in ("vanilla", "clipped softmax", "gated attention, linear", "gated attention, mlp")]
+    assert "fp32, 2 rounds in turns" in out.replace("bf16", "fp32") and "119.1" in out
+    _, err = run("reproduce.py", "table8", "--verify", code=2)
+    assert "never the same twice" in err
 
 
 def test_the_paper_preset_prints_commands(tmp_path, monkeypatch):
