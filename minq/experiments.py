@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 RECIPES = {  # docs/laptop-recipe.md says how the laptop's were found
     "laptop": {
         "bert": "--width 64 --seq-len 32 --steps 10000 --lr 3e-3 --warmup 500 --eval-every 1000",
-        "opt": "--width 64 --seq-len 32 --batch-size 16 --steps 12000 --lr 5e-3 --warmup 500 --eval-every 1000",
-        "vit": "--width 64 --batch-size 32 --steps 4000 --lr 4e-3 --eval-every 1000"},
+        "opt": "--width 64 --seq-len 32 --batch-size 16 --steps 10000 --lr 5e-3 --warmup 500 --eval-every 1000",
+        "vit": "--width 64 --batch-size 32 --steps 3000 --lr 4e-3 --eval-every 1000"},
     "paper": {
         "bert": "--preset paper --data tokens.bin --vocab-size 30522 --special-ids 0,101,102,103",
         "opt": "--preset paper --data tokens.bin --vocab-size 50272",
@@ -233,7 +233,7 @@ def at_bits(row, bits):
 
 BERT_6L, BLOG_BERT = ({"bert": RECIPES["paper"]["bert"].replace("--preset paper", f"--preset {preset}")} for preset in ("bert-6l", "blog"))
 
-BERT_SHORT = "--width 64 --seq-len 32 --steps 5000 --lr 3e-3 --warmup 500 --eval-every 1000"
+BERT_SHORT = "--width 64 --seq-len 32 --steps 4000 --lr 3e-3 --warmup 500 --eval-every 1000"
 
 EXPERIMENTS = {
     "table1": Experiment("Clipped softmax's gamma and zeta on BERT (Table 1)", TABLE1, recipes={"laptop": {"bert": BERT_SHORT}}),
