@@ -248,7 +248,30 @@ def quantized_columns(row):
 
 
 def bits_columns(row):
-    return {"FP": with_std(row["fp"])} | {f"W{key.replace('x', 'A')}": with_std(value) for key, value in row["quantized"].items()}
+    """The sweep, what each width costs in brackets, and the width that costs 20%, or 5 points."""
+    columns = {"FP": with_std(row["fp"])}
+    for key, value in row["quantized"].items():
+        columns[f"W{key.replace('x', 'A')}"] = f"{with_std(value)} ({cost(row, value):+.1f}{'' if row['metric'] == 'accuracy' else '%'})"
+    return columns | {"bits at which 20% (ViT: 5 points) are lost": bits_at_loss(row)}
+
+
+def cost(row, value):
+    """How much worse than floating point: percent of perplexity, points of accuracy."""
+    if row["metric"] == "accuracy":
+        return row["fp"]["mean"] - value["mean"]
+    return 100 * (value["mean"] / row["fp"]["mean"] - 1)
+
+
+def bits_at_loss(row):
+    """Where the cost of quantization passes 20% or 5 points, interpolated between the two widths beside it."""
+    limit = 5 if row["metric"] == "accuracy" else 20
+    costs = [(int(key.split("x")[0]), cost(row, value)) for key, value in row["quantized"].items()]  # 8 bits first
+    if costs[0][1] >= limit:
+        return f"over {costs[0][0]}"
+    for (bits, below), (_, above) in zip(costs, costs[1:]):
+        if above >= limit:
+            return f"{bits - (limit - below) / (above - below):.2f}"
+    return f"under {costs[-1][0]}"
 
 
 def blog_columns(row):

@@ -115,6 +115,20 @@ def test_an_unknown_name_is_named():
     assert "nothing to do" in err
 
 
+@pytest.mark.parametrize("metric, fp, at_bits, expected", [
+    ("perplexity", 10.0, (10.1, 11.0, 13.0, 30.0, 90.0), "6.50"),  # 10% lost at 7 bits, 30% at 6
+    ("perplexity", 10.0, (12.5, 20.0, 30.0, 40.0, 50.0), "over 8"),
+    ("perplexity", 10.0, (10.0, 10.0, 10.0, 10.0, 11.9), "under 4"),
+    ("accuracy", 90.0, (90.5, 90.0, 89.0, 79.0, 50.0), "5.60"),  # 1 point lost at 6 bits, 11 at 5
+])
+def test_bits_at_which_a_fifth_is_lost(metric, fp, at_bits, expected):
+    row = {"metric": metric, "fp": {"mean": fp, "std": None},
+           "quantized": {f"{bits}x{bits}": {"mean": value, "std": None} for bits, value in zip((8, 7, 6, 5, 4), at_bits)}}
+    columns = reproduce.bits_columns(row)
+    assert list(columns.values())[-1] == expected
+    assert columns["W4A4"].endswith("(+40.0)" if metric == "accuracy" else f"(+{10 * at_bits[-1] - 100:.1f}%)")
+
+
 # ---- what is written down ----
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
