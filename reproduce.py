@@ -187,6 +187,7 @@ def run_rows(jobs, args):
                           for key in tables[0]["quantized"]},
             "max_inf_norm": mean_and_std([table["max_inf_norm"] for table in tables]),
             "avg_kurtosis": mean_and_std([table["avg_kurtosis"] for table in tables]),
+            "training_seconds": mean_and_std([load_checkpoint(job.folder)["seconds"] for job in of_row]),
             "seeds": [job.seed for job in of_row], "commands": [job.text() for job in of_row],
             "metrics_sha256": [sha256_of(job.folder / "metrics.jsonl") for job in of_row]})
     return rows
@@ -296,16 +297,20 @@ def markdown(table):
     lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1),
              *("| " + " | ".join(row.values()) + " |" for row in rows)]
     shortened = f" **Shortened to {table['steps']} steps.**" if table["steps"] else ""
-    return (f"{table['title']}.{shortened} {repetitions(table['rows'][0])}; "
+    return (f"{table['title']}.{shortened} {repetitions(table['rows'])}; "
             f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
 
 
-def repetitions(row):
-    if "seconds" in row:
-        return f"{row['precision']}, {len(row['seconds']['all'])} rounds in turns"
-    seeds = len(row["seeds"])
-    calibrations = len(next(iter(row["quantized"].values()))["all"]) // seeds
-    return f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations"
+def repetitions(rows):
+    """How often each row was measured, and how long training took."""
+    first = rows[0]
+    if "seconds" in first:
+        return f"{first['precision']}, {len(first['seconds']['all'])} rounds in turns"
+    seeds = len(first["seeds"])
+    calibrations = len(next(iter(first["quantized"].values()))["all"]) // seeds
+    minutes = [seconds / 60 for row in rows for seconds in row["training_seconds"]["all"]]
+    return (f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations; {len(minutes)} trainings "
+            f"of {min(minutes):.1f} to {max(minutes):.1f} minutes")
 
 
 def draw(experiment, table, path):
