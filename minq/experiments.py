@@ -10,7 +10,7 @@ RECIPES = {  # docs/laptop-recipe.md says how the laptop's were found
     "laptop": {
         "bert": "--width 64 --seq-len 32 --steps 10000 --lr 3e-3 --warmup 500 --eval-every 1000",
         "opt": "--width 64 --seq-len 32 --batch-size 16 --steps 10000 --lr 5e-3 --warmup 500 --eval-every 1000",
-        "vit": "--width 64 --batch-size 32 --steps 3000 --lr 4e-3 --eval-every 1000"},
+        "vit": "--width 64 --batch-size 32 --steps 4000 --lr 2e-3 --eval-every 1000"},
     "paper": {
         "bert": "--preset paper --data tokens.bin --vocab-size 30522 --special-ids 0,101,102,103",
         "opt": "--preset paper --data tokens.bin --vocab-size 50272",
