@@ -27,6 +27,7 @@ from minq.quant import calibrating, fake_quantize_training, quantize_model
 from minq.training import autocast, parameter_groups, pick_device, pick_precision, to_device
 
 BERT_BASE = dict(layers=12, width=768, heads=12, ffn=3072, seq_len=128)
+OPT_125M = BERT_BASE | dict(seq_len=512, vocab_size=50272)
 VIT_S = dict(layers=12, width=384, heads=6, ffn=1536, image_size=224, patch_size=16, classes=1000)
 LAPTOP_VIT = dict(layers=4, width=128, heads=4, ffn=512, image_size=32, patch_size=8)
 LAPTOP = dict(layers=4, width=128, heads=4, ffn=512, seq_len=64, init_std=0.05, positions="sinusoid")
@@ -105,11 +106,11 @@ def bert_task(args):
 
 def opt_task(args):
     """OPT-125m, batch 4, T 512."""
-    tokens, labels = CausalText(load_text("stdlib"), 512).train_batch(0, 0, 4)
+    tokens, labels = CausalText(load_text("stdlib"), OPT_125M["seq_len"]).train_batch(0, 0, 4)
     tokens, labels = torch.from_numpy(tokens).to(args.device), torch.from_numpy(labels).to(args.device)
 
     def build(**settings):
-        model = Opt(OptConfig(**BERT_BASE | {"seq_len": 512}, vocab_size=50272, **settings)).to(args.device)
+        model = Opt(OptConfig(**OPT_125M, **settings)).to(args.device)
         return model, lambda: F.cross_entropy(model(tokens).float().flatten(0, 1), labels.flatten())
     return build, tokens, tokens  # Hugging Face's OPT shifts the labels by itself
 

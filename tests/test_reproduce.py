@@ -88,9 +88,10 @@ def test_a_failing_run_is_named(tiny, monkeypatch):
 def test_table8_times_every_attention_of_every_family(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "BERT_BASE", dict(layers=1, width=8, heads=2, ffn=8, seq_len=128))
+    monkeypatch.setattr(bench, "OPT_125M", dict(layers=1, width=8, heads=2, ffn=8, seq_len=16, vocab_size=260))
     monkeypatch.setattr(bench, "VIT_S", dict(layers=1, width=8, heads=2, ffn=8, image_size=224, patch_size=112, classes=1000))
     monkeypatch.setattr(bench, "in_turns", lambda functions, rounds, device: {  # as if clipping took twice as long
-        name: [function() or (2.0 if "clipped" in name else 1.0) for _ in range(rounds)] for name, function in functions.items()})
+        name: [function() or (2.0 if "clipped" in name else 1.0)] * rounds for name, function in functions.items()})
     out, _ = run("reproduce.py", "table8", "--steps", 2)
     rows = json.loads((tmp_path / "results" / "table8-2-steps.json").read_text())["rows"]
     assert [(row["family"], row["label"], row["ratio"]["mean"]) for row in rows] == [
