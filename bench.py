@@ -185,7 +185,7 @@ def against(title, ours, theirs, args):
 
 METHODS = {"vanilla": {}, "clipped softmax": dict(attention="clipped", gamma=-0.03),
            **{f"gated attention, {gate}": dict(attention="gated", gate=gate) for gate in ("linear", "mlp", "all-heads")}}
-FUSED = "vanilla, fused where faster"
+FUSED = "vanilla, fused where that is faster"
 
 
 def method_seconds(family, dropout, args):
