@@ -185,7 +185,6 @@ def against(title, ours, theirs, args):
 
 METHODS = {"vanilla": {}, "clipped softmax": dict(attention="clipped", gamma=-0.03),
            **{f"gated attention, {gate}": dict(attention="gated", gate=gate) for gate in ("linear", "mlp", "all-heads")}}
-FUSED = "vanilla, fused where that is faster"
 
 
 def method_seconds(family, dropout, args):
@@ -198,7 +197,7 @@ def method_seconds(family, dropout, args):
         return model, loss
 
     models = {name: explicit(*build(dropout=dropout, **settings)) for name, settings in METHODS.items()}
-    models[FUSED] = build(dropout=dropout)
+    models["vanilla, as chosen"] = build(dropout=dropout)  # attention.SelfAttention.can_fuse decides
     return in_turns({name: training_step(*pair, args) for name, pair in models.items()}, args.rounds, args.device)
 
 
