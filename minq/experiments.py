@@ -207,7 +207,7 @@ FIG6 = tuple(
         f"--seq-len {T}" + (f" {CS} --alpha {alpha:g}" if alpha else ""),
         laptop=f"--seq-len {T} --batch-size {1024 // T}" + (f" {CS} --alpha {alpha:g}" if alpha else ""),
         line=f"T = {T}", x=f"{alpha:g}")
-    for T in (32, 64, 128, 256) for alpha in (0, 0.5, 1, 2, 4, 8))
+    for T in (32, 64, 128, 256) for alpha in (0, 0.5, 1, 2, 4))
 
 FIG7 = tuple(
     Row(f"pi_init = {gate_init}", family, f"{GA} --gate linear --gate-init {gate_init}", line="linear gate", x=f"{gate_init}")
