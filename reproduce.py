@@ -296,7 +296,8 @@ def markdown(table):
         rows = [{name: value for name, value in row.items() if name != "family"} for row in rows]
     lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1),
              *("| " + " | ".join(row.values()) + " |" for row in rows)]
-    shortened = f" **Shortened to {table['steps']} steps.**" if table["steps"] else ""
+    unit = "rounds" if table["columns"] == "runtime" else "steps"
+    shortened = f" **Shortened to {table['steps']} {unit}.**" if table["steps"] else ""
     return (f"{table['title']}.{shortened} {repetitions(table['rows'])}; "
             f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
 
@@ -342,7 +343,7 @@ def with_tables(text, results):
         if not path.exists():
             raise UserError(f"{path}: no results yet; run: python reproduce.py {match.group(1)}")
         return f"<!-- results/{match.group(1)}.md -->\n{path.read_text()}<!-- end -->"
-    return re.sub(r"<!-- results/(\w+)\.md -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+    return re.sub(r"<!-- results/([\w-]+)\.md -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -184,7 +184,8 @@ def pick(table, *labels):
 TABLE2 = (
     *pick(TABLE4, "Vanilla", "CS (gamma = -0.025)", "GA, MLP (n_hid = 4)"),
     *pick(TABLE5, "Vanilla", "Vanilla, LN decay"),
-    replace(*pick(TABLE5, "CS (gamma = -12/T), LN decay"), label="CS (gamma = -12/T; laptop -1/T), LN decay", laptop=f"{CS} --alpha 1 {DECAY}"),
+    replace(*pick(TABLE5, "CS (gamma = -12/T), LN decay"), label="CS (gamma = -12/T; laptop -1/T), LN decay",
+            laptop=f"{CS} --alpha 1 {DECAY}"),  # as in the laptop presets: README
     PER_ROW,
     *pick(TABLE5, "GA, linear (pi_init = 0.25), LN decay"),
     *pick(TABLE6, "Vanilla", "Vanilla, patch LN", "CS (gamma = -0.0001), patch LN", "GA, linear (pi_init = 0.5), patch LN"),
