@@ -78,7 +78,7 @@ def test_runs_once_draws_resumes_verifies_and_writes_its_table(tiny):
 
 
 def test_a_failing_run_is_named(tiny, monkeypatch):
-    monkeypatch.setitem(EXPERIMENTS, "blog", Experiment("One", (Row("Vanilla", "bert", "--heads 5"),)))
+    monkeypatch.setitem(EXPERIMENTS, "blog", Experiment("One", (Row("Vanilla", "bert", "--width 128 --heads 5"),)))
     _, err = run("reproduce.py", "blog", "--jobs", 2, code=2)
     assert "--heads 5 does not divide --width 128" in err.splitlines()[-1]
     _, err = run("reproduce.py", "blog", "--verify", code=2)
