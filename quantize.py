@@ -18,6 +18,7 @@ from minq.errors import UserError, one_line_errors
 from minq.outliers import NORM_COLUMN, watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, calibrating, quantize_model
 from minq.runs import open_run
+from minq.tables import mean_and_std, with_std
 from minq.training import evaluate, pick_device, to_device
 
 METRIC = {"bert": "perplexity", "opt": "perplexity", "vit": "accuracy"}
@@ -97,16 +98,6 @@ def main(argv=None):
             Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
         except OSError as error:
             raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from None
-
-
-def mean_and_std(values):
-    """Mean and sample standard deviation (None for a single value)."""
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None, "all": values}
-
-
-def with_std(result, digits=4):
-    """4.52 ±0.01"""
-    return f"{result['mean']:.{digits}g}" + ("" if result["std"] is None else f" ±{result['std']:.2g}")
 
 
 def row(name, checkpoint, metric, floating, quantized, outliers):

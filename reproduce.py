@@ -28,8 +28,8 @@ import bench
 from minq import flags
 from minq.errors import UserError, one_line_errors
 from minq.experiments import EXPERIMENTS, RECIPES
-from minq.training import load_checkpoint, write_atomically
-from quantize import mean_and_std, with_std
+from minq.tables import draw, markdown, mean_and_std, with_tables
+from minq.training import load_checkpoint, pick_device, pick_precision, write_atomically
 
 ROOT = Path(__file__).parent
 TIMING = "python bench.py attention --dropout 0"  # what an experiment of run times runs
@@ -195,8 +195,8 @@ def run_rows(jobs, args):
 
 def time_rows(experiment, args):
     """Time the attentions of each family's model, in turns (bench.py): --steps rounds, or five."""
-    device = bench.pick_device(None)
-    settings = argparse.Namespace(device=device, precision=bench.pick_precision(None, device), rounds=args.steps or 5)
+    device = pick_device(None)
+    settings = argparse.Namespace(device=device, precision=pick_precision(None, device), rounds=args.steps or 5)
     seconds = {family: bench.method_seconds(family, 0.0, settings) for family in bench.TASKS}
     return [{"label": row.label, "family": row.family, "published": row.published,
              "seconds": mean_and_std(seconds[row.family][row.label]),
@@ -237,113 +237,6 @@ def verify(name, args):
         raise UserError(f"{name}, {table['rows'][0]['label']}: metrics.jsonl differs from that of {path}: SHA-256 {found[:12]}, "
                         f"expected {expected[:12]} (made with {table['versions']} on {table['machine']}, which must be the same)")
     print(f"{name}, {table['rows'][0]['label']}: retrained, and every line of metrics.jsonl is the same ({found[:12]})")
-
-
-# ---- tables ----
-
-def quantized_columns(row):
-    published = [part.strip() for part in row["published"].split("|")] if row["published"] else [""] * 4
-    ours = {"FP": row["fp"], "max inf norm": row["max_inf_norm"], "avg kurtosis": row["avg_kurtosis"], "W8A8": row["quantized"]["8x8"]}
-    return ({name: with_std(value, 3 if name in ("max inf norm", "avg kurtosis") else 4) for name, value in ours.items()}
-            | {f"{name} (paper)": value for name, value in zip(ours, published)})
-
-
-def bits_columns(row):
-    """The sweep, what each width costs in brackets, and the width that costs 20%, or 5 points."""
-    columns = {"FP": with_std(row["fp"])}
-    for key, value in row["quantized"].items():
-        columns[f"W{key.replace('x', 'A')}"] = f"{with_std(value)} ({cost(row, value):+.1f}{'' if row['metric'] == 'accuracy' else '%'})"
-    return columns | {"bits at which 20% (ViT: 5 points) are lost": bits_at_loss(row)}
-
-
-def cost(row, value):
-    """How much worse than floating point: percent of perplexity, points of accuracy."""
-    if row["metric"] == "accuracy":
-        return row["fp"]["mean"] - value["mean"]
-    return 100 * (value["mean"] / row["fp"]["mean"] - 1)
-
-
-def bits_at_loss(row):
-    """Where the cost of quantization passes 20% or 5 points, interpolated between the two widths beside it."""
-    limit = 5 if row["metric"] == "accuracy" else 20
-    costs = [(int(key.split("x")[0]), cost(row, value)) for key, value in row["quantized"].items()]  # 8 bits first
-    if costs[0][1] >= limit:
-        return f"over {costs[0][0]}"
-    for (bits, below), (_, above) in zip(costs, costs[1:]):
-        if above >= limit:
-            return f"{bits - (limit - below) / (above - below):.2f}"
-    return f"under {costs[-1][0]}"
-
-
-def blog_columns(row):
-    return {"ppl ↓ as trained": with_std(row["as_trained"]), "ppl ↓, fake quantization off": with_std(row["fp"]),
-            "ppl ↓ (blog)": row["published"], "training loss": with_std(row["loss"]),
-            "largest inf norm of a layer's input": with_std(row["layer_input_norm"], 3),
-            "ppl ↓, off, then W8A8 after training": with_std(row["quantized"]["8x8"])}
-
-
-def runtime_columns(row):
-    return {"seconds a step": with_std(row["seconds"], 3), "relative to vanilla": with_std(row["ratio"], 3), "hours (paper)": row["published"]}
-
-
-COLUMNS = {"quantized": quantized_columns, "bits": bits_columns, "blog": blog_columns, "runtime": runtime_columns}
-
-
-def markdown(table):
-    """The table in Markdown."""
-    rows = [{"": row["label"], "family": row["family"]} | COLUMNS[table["columns"]](row) for row in table["rows"]]
-    if len({row["family"] for row in table["rows"]}) == 1:
-        rows = [{name: value for name, value in row.items() if name != "family"} for row in rows]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1),
-             *("| " + " | ".join(row.values()) + " |" for row in rows)]
-    unit = "rounds" if table["columns"] == "runtime" else "steps"
-    shortened = f" **Shortened to {table['steps']} {unit}.**" if table["steps"] else ""
-    return (f"{table['title']}.{shortened} {repetitions(table['rows'])}; "
-            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
-
-
-def repetitions(rows):
-    """How often each row was measured, and how long training took."""
-    first = rows[0]
-    if "seconds" in first:
-        return f"{first['precision']}, {len(first['seconds']['all'])} rounds in turns"
-    seeds = len(first["seeds"])
-    calibrations = len(next(iter(first["quantized"].values()))["all"]) // seeds
-    minutes = [seconds / 60 for row in rows for seconds in row["training_seconds"]["all"]]
-    return (f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations; {len(minutes)} trainings "
-            f"of {min(minutes):.1f} to {max(minutes):.1f} minutes")
-
-
-def draw(experiment, table, path):
-    """NAME-FAMILY.png beside NAME.json: quality and norm over the setting, a line per group of rows. Needs matplotlib."""
-    try:
-        from minq import figures
-    except ImportError:
-        return print("pip install -e '.[plots]' draws this as a figure, too")
-    places = {(row.family, row.label): row for row in experiment.rows}
-    lines = {}  # family -> line -> quantity -> (x, values)
-    for row in table["rows"]:
-        place = places[row["family"], row["label"]]
-        line = lines.setdefault(row["family"], {}).setdefault(place.line, {})
-        for quantity, value in {f"{row['metric']}, floating point": row["fp"], f"{row['metric']}, W8A8": row["quantized"]["8x8"],
-                                "max inf norm": row["max_inf_norm"], "avg kurtosis (not excess)": row["avg_kurtosis"]}.items():
-            x, values = line.setdefault(quantity, ([], []))
-            x.append(place.x)
-            values.append(value["mean"])
-    for family, series in lines.items():
-        picture = path.with_name(f"{path.stem}-{family}.png")
-        picture.write_bytes(figures.png(figures.curves(series, f"{family}: {experiment.title}", experiment.xlabel)))
-        print(picture)
-
-
-def with_tables(text, results):
-    """The README with the table of results/NAME.md between each pair of marks."""
-    def replace(match):
-        path = results / f"{match.group(1)}.md"
-        if not path.exists():
-            raise UserError(f"{path}: no results yet; run: python reproduce.py {match.group(1)}")
-        return f"<!-- results/{match.group(1)}.md -->\n{path.read_text()}<!-- end -->"
-    return re.sub(r"<!-- results/([\w-]+)\.md -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import bench
-import reproduce
+from minq import tables
 from minq.experiments import EXPERIMENTS, Experiment, Row
 from test_scripts import ROOT, SMALL, corpus, run
 
@@ -125,7 +125,7 @@ def test_an_unknown_name_is_named():
 def test_bits_at_which_a_fifth_is_lost(metric, fp, at_bits, expected):
     row = {"metric": metric, "fp": {"mean": fp, "std": None},
            "quantized": {f"{bits}x{bits}": {"mean": value, "std": None} for bits, value in zip((8, 7, 6, 5, 4), at_bits)}}
-    columns = reproduce.bits_columns(row)
+    columns = tables.bits_columns(row)
     assert list(columns.values())[-1] == expected
     assert columns["W4A4"].endswith("(+40.0)" if metric == "accuracy" else f"(+{10 * at_bits[-1] - 100:.1f}%)")
 
@@ -134,12 +134,12 @@ def test_bits_at_which_a_fifth_is_lost(metric, fp, at_bits, expected):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
 def test_tables_are_made_from_their_results(path):
-    assert path.with_suffix(".md").read_text() == reproduce.markdown(json.loads(path.read_text()))
+    assert path.with_suffix(".md").read_text() == tables.markdown(json.loads(path.read_text()))
 
 
 def test_the_readme_shows_the_tables_of_results():
     readme = (ROOT / "README.md").read_text()
-    assert reproduce.with_tables(readme, ROOT / "results") == readme
+    assert tables.with_tables(readme, ROOT / "results") == readme
 
 
 def test_a_table_without_results_is_named(tmp_path):

@@ -1,0 +1,126 @@
+"""The results of an experiment (reproduce.py) as a table in Markdown and as a figure."""
+import re
+import statistics
+
+from minq.errors import UserError
+
+
+# ---- means and deviations ----
+
+def mean_and_std(values):
+    """Mean and sample standard deviation (None for a single value)."""
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None, "all": values}
+
+
+def with_std(result, digits=4):
+    """4.52 ±0.01"""
+    return f"{result['mean']:.{digits}g}" + ("" if result["std"] is None else f" ±{result['std']:.2g}")
+
+
+# ---- columns: what a table shows of a row of results ----
+
+def quantized_columns(row):
+    published = [part.strip() for part in row["published"].split("|")] if row["published"] else [""] * 4
+    ours = {"FP": row["fp"], "max inf norm": row["max_inf_norm"], "avg kurtosis": row["avg_kurtosis"], "W8A8": row["quantized"]["8x8"]}
+    return ({name: with_std(value, 3 if name in ("max inf norm", "avg kurtosis") else 4) for name, value in ours.items()}
+            | {f"{name} (paper)": value for name, value in zip(ours, published)})
+
+
+def bits_columns(row):
+    """The sweep, what each width costs in brackets, and the width that costs 20%, or 5 points."""
+    columns = {"FP": with_std(row["fp"])}
+    for key, value in row["quantized"].items():
+        columns[f"W{key.replace('x', 'A')}"] = f"{with_std(value)} ({cost(row, value):+.1f}{'' if row['metric'] == 'accuracy' else '%'})"
+    return columns | {"bits at which 20% (ViT: 5 points) are lost": bits_at_loss(row)}
+
+
+def cost(row, value):
+    """How much worse than floating point: percent of perplexity, points of accuracy."""
+    if row["metric"] == "accuracy":
+        return row["fp"]["mean"] - value["mean"]
+    return 100 * (value["mean"] / row["fp"]["mean"] - 1)
+
+
+def bits_at_loss(row):
+    """Where the cost of quantization passes 20% or 5 points, interpolated between the two widths beside it."""
+    limit = 5 if row["metric"] == "accuracy" else 20
+    costs = [(int(key.split("x")[0]), cost(row, value)) for key, value in row["quantized"].items()]  # 8 bits first
+    if costs[0][1] >= limit:
+        return f"over {costs[0][0]}"
+    for (bits, below), (_, above) in zip(costs, costs[1:]):
+        if above >= limit:
+            return f"{bits - (limit - below) / (above - below):.2f}"
+    return f"under {costs[-1][0]}"
+
+
+def blog_columns(row):
+    return {"ppl ↓ as trained": with_std(row["as_trained"]), "ppl ↓, fake quantization off": with_std(row["fp"]),
+            "ppl ↓ (blog)": row["published"], "training loss": with_std(row["loss"]),
+            "largest inf norm of a layer's input": with_std(row["layer_input_norm"], 3),
+            "ppl ↓, off, then W8A8 after training": with_std(row["quantized"]["8x8"])}
+
+
+def runtime_columns(row):
+    return {"seconds a step": with_std(row["seconds"], 3), "relative to vanilla": with_std(row["ratio"], 3), "hours (paper)": row["published"]}
+
+
+COLUMNS = {"quantized": quantized_columns, "bits": bits_columns, "blog": blog_columns, "runtime": runtime_columns}
+
+
+# ---- tables and figures ----
+
+def markdown(table):
+    """The table in Markdown."""
+    rows = [{"": row["label"], "family": row["family"]} | COLUMNS[table["columns"]](row) for row in table["rows"]]
+    if len({row["family"] for row in table["rows"]}) == 1:
+        rows = [{name: value for name, value in row.items() if name != "family"} for row in rows]
+    lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1),
+             *("| " + " | ".join(row.values()) + " |" for row in rows)]
+    unit = "rounds" if table["columns"] == "runtime" else "steps"
+    shortened = f" **Shortened to {table['steps']} {unit}.**" if table["steps"] else ""
+    return (f"{table['title']}.{shortened} {repetitions(table['rows'])}; "
+            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
+
+
+def repetitions(rows):
+    """How often each row was measured, and how long training took."""
+    first = rows[0]
+    if "seconds" in first:
+        return f"{first['precision']}, {len(first['seconds']['all'])} rounds in turns"
+    seeds = len(first["seeds"])
+    calibrations = len(next(iter(first["quantized"].values()))["all"]) // seeds
+    minutes = [seconds / 60 for row in rows for seconds in row["training_seconds"]["all"]]
+    return (f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations; {len(minutes)} trainings "
+            f"of {min(minutes):.1f} to {max(minutes):.1f} minutes")
+
+
+def draw(experiment, table, path):
+    """NAME-FAMILY.png beside NAME.json: quality and norm over the setting, a line per group of rows. Needs matplotlib."""
+    try:
+        from minq import figures
+    except ImportError:
+        return print("pip install -e '.[plots]' draws this as a figure, too")
+    places = {(row.family, row.label): row for row in experiment.rows}
+    lines = {}  # family -> line -> quantity -> (x, values)
+    for row in table["rows"]:
+        place = places[row["family"], row["label"]]
+        line = lines.setdefault(row["family"], {}).setdefault(place.line, {})
+        for quantity, value in {f"{row['metric']}, floating point": row["fp"], f"{row['metric']}, W8A8": row["quantized"]["8x8"],
+                                "max inf norm": row["max_inf_norm"], "avg kurtosis (not excess)": row["avg_kurtosis"]}.items():
+            x, values = line.setdefault(quantity, ([], []))
+            x.append(place.x)
+            values.append(value["mean"])
+    for family, series in lines.items():
+        picture = path.with_name(f"{path.stem}-{family}.png")
+        picture.write_bytes(figures.png(figures.curves(series, f"{family}: {experiment.title}", experiment.xlabel)))
+        print(picture)
+
+
+def with_tables(text, results):
+    """The README with the table of results/NAME.md between each pair of marks."""
+    def replace(match):
+        path = results / f"{match.group(1)}.md"
+        if not path.exists():
+            raise UserError(f"{path}: no results yet; run: python reproduce.py {match.group(1)}")
+        return f"<!-- results/{match.group(1)}.md -->\n{path.read_text()}<!-- end -->"
+    return re.sub(r"<!-- results/([\w-]+)\.md -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
