@@ -18,7 +18,7 @@ from minq import flags
 from minq.analysis import (array, delimiter_share, group_shares, on_patches, outlier_patches, record, survey,
                            token_groups, token_names, worst_dimension)
 from minq.errors import UserError, one_line_errors
-from minq.outliers import NORM_COLUMN, watch
+from minq.outliers import watch
 from minq.quant import affine_parameters
 from minq.report import Report
 from minq.runs import open_run
@@ -38,7 +38,7 @@ def main(argv=None):
     parser.add_argument("--gates", action="store_true", help="also show that layer's gates, token by token")
     parser.add_argument("--curves", action="store_true", help="loss, norms and kurtosis of all RUNs against steps")
     parser.add_argument("--compare", action="store_true", help="one activation of two RUNs, and the 8-bit grid over it")
-    parser.add_argument("--batches", type=flags.positive, help="validation batches, of the run's own size; default 16")
+    parser.add_argument("--batches", type=flags.positive, help="validation batches, of the run's own size; by default 16")
     parser.add_argument("--data", help="where the runs' data is now")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
     parser.add_argument("--out", help="folder for the pictures; by default figures/ in the (first) run")
@@ -95,7 +95,7 @@ def analyze(args, report):
         raise UserError(f"--gates: {name} has no gates; its attention is {config.attention}")
 
     # ---- measure ----
-    tap = NORM_COLUMN[family]
+    tap = model.norm_tap
     is_text = family != "vit"
     found = survey(model, batches(), device, tap, config.vocab_size if is_text else None)
     worst_layer, dimension = worst_dimension(found["outliers"][tap])
@@ -107,13 +107,13 @@ def analyze(args, report):
     report.say(f"{name}: {family}, {config.attention} attention, step {checkpoint['step']}, measured on "
                f"{found['samples']} validation samples of {config.seq_len} tokens.\n"
                "Layers and heads count from 1, positions and dimensions from 0.")
-    settings = {key: value for key, value in checkpoint["args"].items() if value is not None and value is not False}
-    report.say("Trained with " + ", ".join(f"{key} {value}" for key, value in settings.items()) + ".")
+    settings = checkpoint["args"] | flags.attention_settings(config)
+    report.say("Trained with " + ", ".join(f"{key} {value}" for key, value in settings.items()
+                                           if value is not None and value is not False) + ".")
     report_outliers(report, name, found, config)
     if is_text:
-        is_bytes = settings["data"] != "backcopy" and "vocab_size" not in settings
-        names = token_names(data.text, is_bytes)
-        report_tokens(report, name, found, names, tap, is_bytes)
+        names = token_names(data.text)
+        report_tokens(report, name, found, names, tap, data.text.is_bytes)
     else:
         side = config.image_size // config.patch_size
         names = ["[CLS]", *(f"{i // side},{i % side}" for i in range(side ** 2))]
@@ -269,7 +269,7 @@ def compare(args, report):
         raise UserError(f"--layer {args.layer}: these runs have layers 1 to {layers}")
 
     # ---- measure ----
-    tap = NORM_COLUMN[families[0]]
+    tap = opened[args.runs[0]][1].norm_tap
     norms, first = {}, {}  # per run: the metrics of every layer; the activations of the first batch
     for name, (_, model, _, batches) in opened.items():
         with watch(model, (tap,)) as outliers, record(model, (tap,)) as kept:

@@ -21,9 +21,10 @@ from torch.nn.utils import parametrize
 
 from minq.augment import augment
 from minq.data import CausalText, MaskedText, load_text
+from minq.fake_quant import fake_quantize_training
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
 from minq.outliers import watch
-from minq.quant import calibrating, fake_quantize_training, quantize_model
+from minq.quant import calibrating, quantize_model
 from minq.training import autocast, parameter_groups, pick_device, pick_precision, to_device
 
 BERT_BASE = dict(layers=12, width=768, heads=12, ffn=3072, seq_len=128)

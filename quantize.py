@@ -7,7 +7,7 @@
 import copy
 import json
 import statistics
-from itertools import starmap
+from itertools import product, starmap
 from pathlib import Path
 
 from torch.nn.utils import parametrize
@@ -15,14 +15,13 @@ from tqdm import tqdm
 
 from minq import flags
 from minq.errors import UserError, one_line_errors
-from minq.outliers import NORM_COLUMN, watch
+from minq.outliers import watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, calibrating, quantize_model
 from minq.runs import open_run
 from minq.tables import mean_and_std, with_std
 from minq.training import evaluate, pick_device, to_device
 
-METRIC = {"bert": "perplexity", "opt": "perplexity", "vit": "accuracy"}
-CALIBRATION_SEED = 1_000_000          # plus 0, 1, 2: other batches of the training split than training's own order
+CALIBRATION_SEED = 1_000_000  # plus 0, 1, 2: other batches of the training split than training's own order
 
 
 @one_line_errors
@@ -45,9 +44,8 @@ def main(argv=None):
     parser.add_argument("--json", metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    widths = [(b, b) for b in (8, 7, 6, 5, 4)] if args.sweep else [(args.w_bits, args.a_bits)]
-    estimators = ([(w, a) for w in W_ESTIMATORS for a in A_ESTIMATORS] if args.best
-                  else [(args.w_estimator, args.a_estimator)])
+    widths = [(bits, bits) for bits in (8, 7, 6, 5, 4)] if args.sweep else [(args.w_bits, args.a_bits)]
+    estimators = list(product(W_ESTIMATORS, A_ESTIMATORS)) if args.best else [(args.w_estimator, args.a_estimator)]
 
     # ---- every run, and all that could be wrong with it ----
     opened = {name: open_run(name, device, args.data) for name in args.runs}
@@ -56,39 +54,43 @@ def main(argv=None):
     progress = tqdm(total=len(opened) * len(widths) * len(estimators) * args.seeds, unit="model")
     for name, (checkpoint, model, data) in opened.items():
         batch_size = checkpoint["args"]["batch_size"]
-        metric = METRIC[checkpoint["family"]]
-        sign = -1 if metric == "accuracy" else 1  # of "smaller is better"
         eval_batches = args.eval_batches or checkpoint["args"]["eval_batches"]
         validation = lambda: starmap(data.to_model, data.validation_batches(batch_size, eval_batches))
 
         # ---- floating point ----
-        with watch(model) as outliers:
-            floating = evaluate(model, validation(), device)[metric]
+        with watch(model, dict.fromkeys(("ffn_output", "layer_output", *model.kurtosis_taps))) as outliers:
+            fp = evaluate(model, validation(), device)[model.metric]
 
         # ---- quantized ----
+        def quantized_score(seed, *settings):
+            """The metric after quantization; the batches that set the ranges come from the training split."""
+            quantized = quantize_model(copy.deepcopy(model), *settings, args.w_granularity)
+            with calibrating(quantized):
+                for i in range(args.batches):
+                    batch = data.train_batch(CALIBRATION_SEED + seed, i, batch_size)
+                    inputs, _ = to_device(data.to_model(*batch), device)
+                    quantized(*inputs)
+            with parametrize.cached():
+                return evaluate(quantized, validation(), device)[model.metric]
+
         quantized = {}
         for w_bits, a_bits in widths:
             tried = {}
             for w_estimator, a_estimator in estimators:
                 scores = tried[f"{w_estimator} weights, {a_estimator} activations"] = []
                 for seed in range(args.seeds):
-                    quantized_model = quantize_model(copy.deepcopy(model), w_bits, a_bits,
-                                                     w_estimator, a_estimator, args.w_granularity)
-                    with calibrating(quantized_model):
-                        for i in range(args.batches):
-                            batch = data.train_batch(CALIBRATION_SEED + seed, i, batch_size)
-                            inputs, _ = to_device(data.to_model(*batch), device)
-                            quantized_model(*inputs)
-                    with parametrize.cached():
-                        scores.append(evaluate(quantized_model, validation(), device)[metric])
+                    try:
+                        scores.append(quantized_score(seed, w_bits, a_bits, w_estimator, a_estimator))
+                    except UserError as error:
+                        raise UserError(f"{name}: {error}") from None
                     progress.update()
-            best = min(tried, key=lambda pair: sign * statistics.mean(tried[pair]))
+            best = (max if model.metric == "accuracy" else min)(tried, key=lambda pair: statistics.mean(tried[pair]))
             quantized[f"{w_bits}x{a_bits}"] = mean_and_std(tried[best]) | {"estimators": best}
             if args.best:
                 for pair, scores in tried.items():
                     progress.write(f"{name} W{w_bits}A{a_bits}, {pair}: {with_std(mean_and_std(scores))}"
                                    + (" <- best" if pair == best else ""))
-        rows.append(row(name, checkpoint, metric, floating, quantized, outliers))
+        rows.append(row(name, checkpoint, model, fp, quantized, outliers))
     progress.close()
 
     # ---- report ----
@@ -100,19 +102,17 @@ def main(argv=None):
             raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from None
 
 
-def row(name, checkpoint, metric, floating, quantized, outliers):
-    args = checkpoint["args"]
-    settings = {key: args.get(key) for key in (
-        "gamma", "zeta", "alpha", "gamma_per_row", "gate", "gate_hidden", "gate_init", "decay_layernorm", "patch_layernorm",
-        "fake_quant", "seq_len", "steps", "data")}
-    norms = {tap: {"max_inf_norm": outliers.max_inf_norm(tap), "avg_kurtosis": outliers.avg_kurtosis(tap)}
-             for tap in ("ffn_output", "layer_output")}
-    family = checkpoint["family"]
-    return {"run": name, "family": family, "attention": args["attention"], "seed": args["seed"],
-            "settings": settings | {"data_sha256": checkpoint["data_sha256"]},
-            "metric": metric, "fp": floating, "quantized": quantized,
-            "max_inf_norm": norms[NORM_COLUMN[family]]["max_inf_norm"],
-            "avg_kurtosis": norms["layer_output"]["avg_kurtosis"], **norms, "integer": None}
+def row(name, checkpoint, model, fp, quantized, outliers):
+    """A line of --json: settings that the run's attention does not read are null."""
+    known = checkpoint["args"] | vars(model.config) | {"data_sha256": checkpoint["data_sha256"]}
+    shown = ("decay_layernorm", "patch_layernorm", "fake_quant", "seq_len", "steps", "data", "data_sha256")
+    settings = flags.attention_settings(model.config) | {key: known.get(key) for key in shown}
+    by_tap = {tap: {"max_inf_norm": outliers.max_inf_norm(tap), "avg_kurtosis": outliers.avg_kurtosis(tap)}
+              for tap in outliers.mean}
+    return {"run": name, "family": model.family, "attention": known["attention"], "seed": known["seed"],
+            "settings": settings, "metric": model.metric, "fp": fp, "quantized": quantized,
+            "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
+            "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **by_tap}
 
 
 def table(rows):

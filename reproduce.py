@@ -28,8 +28,9 @@ import bench
 from minq import flags
 from minq.errors import UserError, one_line_errors
 from minq.experiments import EXPERIMENTS, RECIPES
-from minq.tables import draw, markdown, mean_and_std, with_tables
-from minq.training import load_checkpoint, pick_device, pick_precision, write_atomically
+from minq.runs import load_checkpoint, write_atomically
+from minq.tables import draw, markdown, mean_and_std, over_seeds, with_tables
+from minq.training import pick_device, pick_precision
 
 ROOT = Path(__file__).parent
 TIMING = "python bench.py attention --dropout 0"  # what an experiment of run times runs
@@ -75,6 +76,8 @@ def main(argv=None):
             print(markdown(table))
             if experiment.xlabel:
                 draw(experiment, table, path)
+            if experiment.then:
+                print(experiment.then)
     if args.write_readme:
         readme = ROOT / "README.md"
         text = with_tables(readme.read_text(), Path(args.results))
@@ -183,14 +186,20 @@ def run_rows(jobs, args):
             "as_trained": mean_and_std([end[metric] for end in ends]),
             "loss": mean_and_std([end["loss"] for end in ends]),
             "layer_input_norm": mean_and_std([max(end["layer_input"]["inf_norm"]) for end in ends]),
-            "quantized": {key: mean_and_std([value for table in tables for value in table["quantized"][key]["all"]])
+            "quantized": {key: over_seeds([table["quantized"][key]["all"] for table in tables])
                           for key in tables[0]["quantized"]},
-            "max_inf_norm": mean_and_std([table["max_inf_norm"] for table in tables]),
-            "avg_kurtosis": mean_and_std([table["avg_kurtosis"] for table in tables]),
+            **measured(tables), "by_tap": {tap: measured([table[tap] for table in tables])
+                                           for tap, value in tables[0].items()
+                                           if isinstance(value, dict) and "avg_kurtosis" in value},
             "training_seconds": mean_and_std([load_checkpoint(job.folder)["seconds"] for job in of_row]),
             "seeds": [job.seed for job in of_row], "commands": [job.text() for job in of_row],
             "metrics_sha256": [sha256_of(job.folder / "metrics.jsonl") for job in of_row]})
     return rows
+
+
+def measured(tables):
+    """The two outlier metrics over training seeds."""
+    return {metric: mean_and_std([table[metric] for table in tables]) for metric in ("max_inf_norm", "avg_kurtosis")}
 
 
 def time_rows(experiment, args):

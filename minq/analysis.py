@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from minq.outliers import is_outlier, norms, outlier_counts, watch
+from minq.outliers import is_outlier, listening, norms_and_kurtosis, outlier_counts, watch
 from minq.training import to_device
 
 HEAD_TAPS = ("values", "scores", "probs", "context", "gate")
@@ -28,23 +28,11 @@ def record(model, taps):
     """Keep what passed the named taps last: `kept[tap][layer]`. "gate" is pi (B, H, T), None without a gate."""
     kept = {tap: [None] * len(model.layers) for tap in taps}
 
-    def hook(tap, layer):
-        def keep(module, args, x):
-            kept[tap][layer] = x.detach()
-        return keep
+    def keep(tap, layer, x):
+        kept[tap][layer] = x
 
-    handles = []
-    for layer, block in enumerate(model.layers):
-        for name, module in block.named_modules():
-            last = name.rpartition(".")[2]
-            tap = last.removesuffix("_tap")
-            if tap in taps and (last.endswith("_tap") or last == "gate"):
-                handles.append(module.register_forward_hook(hook(tap, layer)))
-    try:
+    with listening(model, taps, keep):
         yield kept
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ---- measures: one value per sample ----
@@ -52,7 +40,7 @@ def record(model, taps):
 def outlier_measures(x):
     """For `watch`: the paper's metrics, counts of outliers, and the largest |x| by position and dimension."""
     peaks = {"peak_by_position": x.abs().amax(dim=2), "peak_by_dimension": x.abs().amax(dim=1)}
-    return norms(x) | outlier_counts(x) | peaks
+    return norms_and_kurtosis(x) | outlier_counts(x) | peaks
 
 
 def head_measures(probs, scores, values, context, gate=None, causal=False):
@@ -169,11 +157,11 @@ def worst_dimension(outliers):
 
 # ---- tokens by name ----
 
-def token_names(text, is_bytes):
+def token_names(text):
     """What to write on an axis for each token id of a Text: characters, or numbers where they are not bytes."""
     marks = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
     byte = lambda i: marks.get(chr(i), chr(i) if 32 < i < 127 else f"{i:02x}")
-    names = [byte(i) if is_bytes else str(i) for i in range(text.vocab_size)]
+    names = [byte(i) if text.is_bytes else str(i) for i in range(text.vocab_size)]
     for name in ("pad", "cls", "sep", "mask"):
         names[getattr(text, name)] = f"[{name.upper()}]"
     return names

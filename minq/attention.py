@@ -17,7 +17,11 @@ import torch.nn.functional as F
 
 
 class Tap(nn.Identity):
-    """A named place in the forward pass: quant.py swaps it for a quantizer, outliers.py hooks it."""
+    """A named place in the forward pass: quant.py swaps it for a quantizer, outliers.py hooks it.
+
+    Its attribute ends in `_tap`. Where a variant never calls one, the attribute is None: a tap that
+    nothing passes can be neither measured nor given a range.
+    """
 
 
 # ---- clipped softmax (eq. 4) ----
@@ -30,8 +34,6 @@ def clipped_softmax(scores, gamma=0.0, zeta=1.0):
     gamma = 0, zeta = 1 is the plain softmax. gamma: a number, or a tensor that broadcasts to scores.
     """
     p = scores.softmax(dim=-1)
-    if not torch.is_tensor(gamma) and gamma == 0.0 and zeta == 1.0:
-        return p
     return ((zeta - gamma) * p + gamma).clamp(0.0, 1.0)  # eq. 4
 
 
@@ -137,11 +139,12 @@ GATES = {
 # A config in, (softmax, gate or None) out. To add a variant of your own, write its softmax (any
 # function or module from scores to probabilities) or its gate, and name it here.
 ATTENTIONS = {
-    "vanilla": lambda c: (ClippedSoftmax(), None),
-    "clipped": lambda c: (ClippedSoftmax(c.gamma, c.zeta) if c.row_alpha is None
-                          else RowClippedSoftmax(c.row_alpha, c.zeta), None),
-    "gated": lambda c: (ClippedSoftmax(), GATES[c.gate](c)),
+    "vanilla": lambda c: (nn.Softmax(dim=-1), None),  # clipped with gamma = 0, zeta = 1
+    "clipped": lambda c: (ClippedSoftmax(c.gamma, c.zeta), None),
+    "row-clipped": lambda c: (RowClippedSoftmax(c.alpha, c.zeta), None),
+    "gated": lambda c: (nn.Softmax(dim=-1), GATES[c.gate](c)),
 }
+CAUSAL_ONLY = ("row-clipped",)  # needs rows of different lengths
 
 
 # ---- multi-head self-attention (eq. 3) ----
@@ -149,6 +152,10 @@ ATTENTIONS = {
 class QKV(nn.Linear):
     """W_q, W_k and W_v stacked, so that they multiply at once; each keeps its own quantization scale."""
     parts = 3
+
+
+# The taps that are called whether the kernel is fused or not; all others lie inside it.
+OUTSIDE = ("queries_tap", "keys_tap", "values_tap", "context_tap", "attention_output_tap")
 
 
 class SelfAttention(nn.Module):
@@ -163,28 +170,26 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.proj = nn.Linear(config.width, config.width)
 
-        mask = torch.ones(config.seq_len, config.seq_len, dtype=torch.bool).tril() if config.causal else None
-        self.register_buffer("causal_mask", mask, persistent=False)
+        future = torch.ones(config.seq_len, config.seq_len, dtype=torch.bool).triu(1)
+        self.register_buffer("future", future if config.causal else None, persistent=False)
 
         self.queries_tap, self.keys_tap, self.values_tap = Tap(), Tap(), Tap()
         self.scores_tap, self.probs_tap = Tap(), Tap()
         self.context_tap, self.attention_output_tap = Tap(), Tap()
 
-    def forward(self, x, attend=None):
-        """x (B, T, width) -> (B, T, width). `attend`: bool, True where a token may be attended to,
-        (B, 1, 1, T); a causal layer has its own triangle instead."""
+    def forward(self, x):
+        """x (B, T, width) -> (B, T, width)"""
         B, T, width = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, self.d_head).permute(2, 0, 3, 1, 4)
         q, k, v = self.queries_tap(q), self.keys_tap(k), self.values_tap(v)  # (B, H, T, d_head)
 
         if self.can_fuse(q):
             dropout_p = self.dropout.p if self.training else 0.0
-            context = F.scaled_dot_product_attention(q, k, v, attend, dropout_p, is_causal=self.causal)
+            context = F.scaled_dot_product_attention(q, k, v, None, dropout_p, self.causal)
         else:
-            mask = self.causal_mask[:T, :T] if self.causal else attend
             scores = self.scores_tap(q * self.d_head ** -0.5 @ k.mT)  # (B, H, T, T)
-            if mask is not None:
-                scores = scores.masked_fill(~mask, -torch.inf)
+            if self.causal:
+                scores = scores.masked_fill(self.future[:T, :T], -torch.inf)
             probs = self.probs_tap(self.softmax(scores))
             context = self.dropout(probs) @ v  # (B, H, T, d_head)
 
@@ -194,8 +199,9 @@ class SelfAttention(nn.Module):
         return self.attention_output_tap(self.proj(context))
 
     def can_fuse(self, q):
-        """PyTorch's fused kernel never forms scores and probabilities, so it serves a plain softmax
-        that nothing quantizes or watches. On CPUs it is the slower one in low precision."""
-        plain = type(self.softmax) is ClippedSoftmax and (self.softmax.gamma, self.softmax.zeta) == (0.0, 1.0)
-        untouched = all(type(tap) is Tap and not tap._forward_hooks for tap in (self.scores_tap, self.probs_tap))
-        return plain and untouched and (q.device.type != "cpu" or q.dtype == torch.float32)
+        """PyTorch's fused kernel never forms scores and probabilities, so it serves a plain softmax while
+        nothing quantizes or watches what lies inside it. On CPUs it is the slower one in low precision."""
+        inside = [m for name, m in self.named_children() if name.endswith("_tap") and name not in OUTSIDE]
+        untouched = all(type(tap) is Tap and not tap._forward_hooks for tap in inside)
+        fast = q.device.type != "cpu" or q.dtype == torch.float32
+        return isinstance(self.softmax, nn.Softmax) and untouched and fast

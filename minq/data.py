@@ -17,6 +17,7 @@ from minq.images import Images, load_images
 IGNORE = -100            # a label that is not predicted (cross_entropy's default)
 VALIDATION_SHARE = 0.1   # the last tenth of a text
 SPECIALS = ("pad", "cls", "sep", "mask")
+BYTES = 256
 BACKCOPY_SYMBOLS = 64
 
 
@@ -24,8 +25,9 @@ BACKCOPY_SYMBOLS = 64
 
 @dataclass
 class Text:
-    """A corpus: `tokens` (uint8 or uint16), the size of its vocabulary with specials, and their ids."""
+    """A corpus: `tokens` (uint8 or uint16), whether they are bytes, the size of its vocabulary with specials, and their ids."""
     tokens: np.ndarray
+    is_bytes: bool
     vocab_size: int
     pad: int
     cls: int
@@ -40,7 +42,7 @@ class Text:
 
 
 def load_text(source, vocab_size=None, special_ids=None):
-    """Open `--data`: "stdlib", "backcopy", a file or folder of text (read as bytes), or a .bin of uint16 tokens.
+    """Open `--data`: a name in TEXTS, a file or folder of text (read as bytes), or a .bin of uint16 tokens.
 
     A .bin needs `vocab_size`; its special tokens are `special_ids` (pad, cls, sep, mask), or
     follow the vocabulary. Raises UserError for anything that cannot be read.
@@ -53,13 +55,17 @@ def load_text(source, vocab_size=None, special_ids=None):
         raise UserError(f"--special-ids {special_ids} is for .bin files of tokens; --data {source} is read as bytes")
     if is_bin:
         tokens = read_tokens(Path(source), vocab_size)
-    elif source == "backcopy":
-        vocab_size, tokens = BACKCOPY_SYMBOLS, bigram_backcopy()
+    elif source in TEXTS:
+        tokens, vocab_size = TEXTS[source]()
     else:
-        vocab_size = 256
-        tokens = np.frombuffer(stdlib_source() if source == "stdlib" else read_bytes(Path(source)), dtype=np.uint8)
+        tokens, vocab_size = as_bytes(read_bytes(Path(source))), BYTES
     ids = special_ids or range(vocab_size, vocab_size + len(SPECIALS))
-    return Text(tokens, max(vocab_size, max(ids) + 1), *ids, sha256=hashlib.sha256(tokens).hexdigest())
+    is_bytes = not is_bin and vocab_size == BYTES
+    return Text(tokens, is_bytes, max(vocab_size, max(ids) + 1), *ids, sha256=hashlib.sha256(tokens).hexdigest())
+
+
+def as_bytes(text):
+    return np.frombuffer(text, dtype=np.uint8)
 
 
 def stdlib_source():
@@ -81,14 +87,15 @@ def bigram_backcopy(chains=16_384, length=256, triggers=3, seed=0):
     bigrams; but after one of the first `triggers` symbols comes a copy of the symbol before it. A
     head that copies is needed after a trigger and must do nothing everywhere else.
     """
-    source = np.frombuffer(stdlib_source(), dtype=np.uint8)
+    source = as_bytes(stdlib_source())
     by_frequency = np.argsort(-np.bincount(source, minlength=256), kind="stable")
     symbol = np.empty(256, dtype=np.uint8)
     symbol[by_frequency] = np.arange(256)
     symbols = symbol[source]
     symbols = symbols[symbols < BACKCOPY_SYMBOLS].astype(np.int64)
     pairs = np.bincount(symbols[:-1] * BACKCOPY_SYMBOLS + symbols[1:], minlength=BACKCOPY_SYMBOLS ** 2)
-    cumulative = pairs.reshape(BACKCOPY_SYMBOLS, -1).cumsum(axis=1) / pairs.reshape(BACKCOPY_SYMBOLS, -1).sum(axis=1)[:, None]
+    pairs = pairs.reshape(BACKCOPY_SYMBOLS, BACKCOPY_SYMBOLS)
+    cumulative = pairs.cumsum(axis=1) / pairs.sum(axis=1, keepdims=True)
 
     rng = np.random.default_rng(seed)
     chain = np.empty((length, chains), dtype=np.uint8)
@@ -100,10 +107,17 @@ def bigram_backcopy(chains=16_384, length=256, triggers=3, seed=0):
     return chain.T.reshape(-1)
 
 
+# A name for --data -> (tokens uint8, size of their vocabulary). To add one, write its function and name it here.
+TEXTS = {
+    "stdlib": lambda: (as_bytes(stdlib_source()), BYTES),
+    "backcopy": lambda: (bigram_backcopy(), BACKCOPY_SYMBOLS),
+}
+
+
 def read_bytes(path):
     """All bytes of a file, or of the files below a folder in the order of their names."""
     if not path.exists():
-        raise UserError(f"--data {path}: no such file or folder; 'stdlib' and 'backcopy' are built in")
+        raise UserError(f"--data {path}: no such file or folder; built in: {', '.join(TEXTS)}")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     try:
         text = b"\n".join(file.read_bytes() for file in files)
@@ -137,6 +151,7 @@ class Windows:
 
     A subclass sets `window`, their length, and turns them into (tokens, labels) with `sequences`.
     """
+    unit = "tokens"
 
     def __init__(self, text, seq_len, window):
         if window < 1:
@@ -212,13 +227,15 @@ class CausalText(Windows):
 
 # ---- a run's data ----
 
-def open_data(family, args):
-    """The data of a run of `family`, from its arguments (a dict).
+def open_data(args):
+    """The data of a run, from its arguments (a dict): images, masked text or causal text, as they tell.
 
-    Whatever the family: an object with `sha256`, train_batch(seed, step, size) and
-    validation_batches(size, batches), which give arrays, and to_model(*arrays) -> (inputs, targets).
+    An object with `sha256`, `unit`, train_batch(seed, step, size) and validation_batches(size, batches),
+    which give arrays, and to_model(*arrays) -> (inputs, targets).
     """
-    if family == "vit":
+    if "image_size" in args:
         return Images(load_images(args["data"]), args["image_size"])
     text = load_text(args["data"], args["vocab_size"], args["special_ids"])
-    return CausalText(text, args["seq_len"]) if family == "opt" else MaskedText(text, args["seq_len"], args["mask_prob"])
+    if "mask_prob" in args:
+        return MaskedText(text, args["seq_len"], args["mask_prob"])
+    return CausalText(text, args["seq_len"])

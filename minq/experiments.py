@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 RECIPES = {  # docs/laptop-recipe.md says how the laptop's were found
     "laptop": {
-        "bert": "--width 64 --seq-len 32 --steps 10000 --lr 3e-3 --warmup 500 --eval-every 1000",
+        "bert": "--seq-len 32 --steps 25000 --warmup 500 --eval-every 2500",
         "opt": "--width 64 --seq-len 32 --batch-size 16 --steps 10000 --lr 5e-3 --warmup 500 --eval-every 1000",
         "vit": "--width 64 --batch-size 32 --steps 4000 --lr 2e-3 --eval-every 1000"},
     "paper": {
@@ -40,10 +40,11 @@ class Row:
 class Experiment:
     title: str
     rows: tuple
-    columns: str = "quantized"  # a key of reproduce.COLUMNS
+    columns: str = "quantized"  # a key of tables.COLUMNS
     seeds: int = 1              # training seeds
     xlabel: str = ""            # of the figure, if it has one
     quantize: str = ""          # flags of quantize.py, beside QUANTIZE's
+    then: str = ""              # what reproduce.py says below the table
     recipes: dict = field(default_factory=dict)  # {scale: {family: flags}} instead of RECIPES'
 
     def settings(self, row, scale):
@@ -114,7 +115,7 @@ def opt_clipped(alpha, published):
     return Row(f"CS (gamma = -{alpha}/T), LN decay", "opt", f"{CS} --alpha {alpha} {DECAY}", published)
 
 
-PER_ROW = Row("CS (gamma_t = -1/(t+1)), LN decay", "opt", f"{CS} --alpha 1 --gamma-per-row {DECAY}")
+PER_ROW = Row("CS (gamma_t = -1/(t+1)), LN decay", "opt", f"--attention row-clipped --alpha 1 {DECAY}")
 
 
 TABLE5 = (
@@ -182,7 +183,7 @@ def pick(table, *labels):
 
 
 TABLE2 = (
-    *pick(TABLE4, "Vanilla", "CS (gamma = -0.025)", "GA, MLP (n_hid = 4)"),
+    *pick(TABLE4, "Vanilla", "CS (gamma = -0.025)", "GA, linear (pi_init = 0.5)", "GA, MLP (n_hid = 4)"),
     *pick(TABLE5, "Vanilla", "Vanilla, LN decay"),
     replace(*pick(TABLE5, "CS (gamma = -12/T), LN decay"), label="CS (gamma = -12/T; laptop -1/T), LN decay",
             laptop=f"{CS} --alpha 1 {DECAY}"),  # as in the laptop presets: README
@@ -200,6 +201,10 @@ TABLE8 = tuple(
                               "vit": ("101.8 ±0.3", "104.0 ±0.7", "110.8", "122.9")}.items()
     for method, flags, hours in zip(("vanilla", "clipped softmax", "gated attention, linear", "gated attention, mlp"),
                                     ("", CS, f"{GA} --gate linear", f"{GA} --gate mlp"), published))
+
+# ---- the README's first command ----
+
+QUICK = (Row("vanilla", "bert", ""), Row("clipped softmax", "bert", CS), Row("gated attention", "bert", GA))
 
 # ---- Figures 6 and 7: alpha against T; pi_init ----
 
@@ -237,6 +242,12 @@ BERT_6L, BLOG_BERT = ({"bert": RECIPES["paper"]["bert"].replace("--preset paper"
 BERT_SHORT = "--width 64 --seq-len 32 --steps 4000 --lr 3e-3 --warmup 500 --eval-every 1000"
 
 EXPERIMENTS = {
+    "quick": Experiment("Three attentions, trained for a minute each", QUICK, recipes={"laptop": {"bert": "--steps 400"}}, then="""\
+A minute grows no outliers, so eight bits cost nobody anything yet. Look at one of these runs, go below eight bits,
+or grow an outlier (README.md, "Grow one yourself"):
+
+    python analyze.py runs/reproduce/bert-steps_400-s0
+    python quantize.py runs/reproduce/bert-steps_400* --sweep"""),
     "table1": Experiment("Clipped softmax's gamma and zeta on BERT (Table 1)", TABLE1, recipes={"laptop": {"bert": BERT_SHORT}}),
     "table2": Experiment("The best of each family (Table 2)", TABLE2, seeds=2),
     "table4": Experiment("BERT, all settings (Table 4)", TABLE4),

@@ -1,24 +1,29 @@
-"""The flags that mean the same in all training scripts, and what they must satisfy.
-
-A flag that is not given takes its value from the preset; that is why none has a default here.
-"""
+"""The flags that mean the same in all training scripts, and what they must satisfy."""
 import argparse
 from pathlib import Path
 
 from minq.attention import ATTENTIONS, GATES
+from minq.data import TEXTS
 from minq.errors import UserError
-from minq.quant import GRANULARITIES
+from minq.fake_quant import GRANULARITIES
+from minq.images import IMAGES
+from minq.model import ACTIVATIONS, Config
+from minq.runs import load_checkpoint
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that reports a wrong flag in one line."""
+    """An ArgumentParser that reports a wrong flag in one line, and whose --help shows each flag's value."""
 
     def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter,
-                         allow_abbrev=False)
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
     def error(self, message):
         raise UserError(message)
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    def _get_help_string(self, action):
+        return action.help + ("" if action.default in (None, False) else " (default %(default)s)")
 
 
 def number(kind, low=None, high=None, above=None, below=None):
@@ -39,29 +44,42 @@ positive = number(int, low=1)
 bits = number(int, low=2, high=16)
 
 
+# The attentions that read a flag. With any other it would change nothing, and is refused.
+READ_BY = {"gamma": ("clipped",), "zeta": ("clipped", "row-clipped"), "alpha": ("clipped", "row-clipped"),
+           "gate": ("gated",), "gate_hidden": ("gated",), "gate_init": ("gated",)}
+
+
 def add_attention_flags(parser):
     group = parser.add_argument_group("attention (paper, sec. 4)")
     group.add_argument("--attention", choices=ATTENTIONS, help="what the heads do")
-    group.add_argument("--gamma", type=number(float, high=0), help="lower stretch factor, at most 0 (eq. 4)")
-    group.add_argument("--zeta", type=number(float, low=1), help="upper stretch factor, at least 1 (eq. 4)")
-    group.add_argument("--alpha", type=number(float, low=0), help="sets gamma = -alpha / T (sec. 5.2)")
-    group.add_argument("--gate", choices=GATES, help="the gate's network (Table 3)")
-    group.add_argument("--gate-hidden", type=positive, help="hidden units n_hid of the MLP gate")
-    group.add_argument("--gate-init", type=number(float, above=0, below=1), help="pi_init, how open gates start (sec. 5.3)")
+
+    def add(flag, help, **options):
+        """A field of model.Config, whose default --help shows."""
+        name = flag[2:].replace("-", "_")
+        group.add_argument(flag, default=getattr(Config, name), help=f"{help}; for {', '.join(READ_BY[name])}", **options)
+
+    add("--gamma", "lower stretch factor, at most 0 (eq. 4)", type=number(float, high=0))
+    add("--zeta", "upper stretch factor, at least 1 (eq. 4)", type=number(float, low=1))
+    add("--alpha", "sets gamma = -alpha / T (sec. 5.2), or in row t of t entries -alpha / t", type=number(float, low=0))
+    add("--gate", "the gate's network (Table 3)", choices=GATES)
+    add("--gate-hidden", "hidden units n_hid of the MLP gate", type=positive)
+    add("--gate-init", "pi_init, how open gates start (sec. 5.3)", type=number(float, above=0, below=1))
 
 
-def add_size_flags(parser, seq_len=True):
+def add_size_flags(parser):
     group = parser.add_argument_group("size")
     group.add_argument("--layers", type=positive, help="number of blocks")
     group.add_argument("--width", type=positive, help="hidden dimensions, d_model")
     group.add_argument("--heads", type=positive, help="attention heads per layer; divides --width")
-    if seq_len:
-        group.add_argument("--seq-len", type=positive, help="T, tokens per sequence")
+    group.add_argument("--ffn", type=positive, help="hidden units of the feed-forward network; by default 4 x width")
+    group.add_argument("--activation", choices=ACTIVATIONS, help="of the feed-forward network; by default the family's")
+    group.add_argument("--init-std", type=number(float, above=0), help="standard deviation of initial weights")
 
 
 def add_text_flags(parser):
     group = parser.add_argument_group("text")
-    group.add_argument("--data", help="'stdlib' (this Python's own source), 'backcopy' (synthetic), a file or folder of text, or a .bin of uint16 tokens")
+    group.add_argument("--seq-len", type=positive, help="T, tokens per sequence")
+    group.add_argument("--data", help=f"{', '.join(TEXTS)}, a file or folder of text, or a .bin of uint16 tokens")
     group.add_argument("--vocab-size", type=positive, help="number of tokens in a .bin")
     group.add_argument("--special-ids", type=special_ids, metavar="PAD,CLS,SEP,MASK",
                        help="their ids in a .bin; by default they follow the vocabulary")
@@ -91,9 +109,9 @@ def add_training_flags(parser):
 def add_fake_quant_flags(parser):
     group = parser.add_argument_group("fake quantization from the first step (the blog)")
     group.add_argument("--fake-quant", action="store_true", default=None, help="quantize the operands of every matrix product")
-    group.add_argument("--w-bits", type=bits, help="bits of weights, 2 to 16 (default 8)")
-    group.add_argument("--a-bits", type=bits, help="bits of activations, 2 to 16 (default 8)")
-    group.add_argument("--fake-quant-granularity", choices=GRANULARITIES, help="activations that share a scale: a token's, or the tensor's (default token)")
+    group.add_argument("--w-bits", type=bits, help="bits of weights, 2 to 16; by default 8")
+    group.add_argument("--a-bits", type=bits, help="bits of activations, 2 to 16; by default 8")
+    group.add_argument("--fake-quant-granularity", choices=GRANULARITIES, help="activations that share a scale: a token's, or the tensor's; by default a token's")
 
 
 def add_run_flags(parser):
@@ -109,25 +127,43 @@ def add_run_flags(parser):
     group.add_argument("--save-every", type=positive, help="steps between checkpoints")
 
 
-BUILT_IN_DATA = ("stdlib", "backcopy", "shapes", "cifar10")
+def add_shared_flags(parser):
+    """All that the training scripts have in common."""
+    add_attention_flags(parser)
+    add_size_flags(parser)
+    add_training_flags(parser)
+    add_fake_quant_flags(parser)
+    add_run_flags(parser)
+
 
 # Flags that may be given anew when a run is resumed: they change nothing that the run computes.
 NOT_OF_THE_RUN = {"device", "compile", "out", "overwrite", "resume", "save_every", "sample"}
 
 
-def read_flags(parser, defaults, presets, argv=None):
+def read_flags(family, parser, defaults, presets, argv=None):
     """Parse the command line: `defaults`, overridden by the preset, overridden by what was typed.
 
-    Returns (args, typed): a Namespace of everything, and a dict of what was typed.
+    Returns (args, typed, checkpoint): a Namespace of everything, a dict of what was typed, and with
+    --resume the checkpoint to go on from; args are then those that the run was started with.
     """
-    parser.add_argument("--preset", choices=presets, help=f"a recipe; each flag overrides it (default {next(iter(presets))})")
-    typed = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    if "data" in typed and typed["data"] not in BUILT_IN_DATA:
+    first = next(iter(presets))
+    parser.add_argument("--preset", choices=presets, default=first, help="a recipe; each flag overrides it")
+    parser.set_defaults(**defaults | presets[first])  # for --help
+    unset = parser.parse_args([])
+    untyped = argparse.Namespace(**dict.fromkeys(vars(unset)))  # what is not typed stays None
+    typed = {name: value for name, value in vars(parser.parse_args(argv, untyped)).items() if value is not None}
+    if "data" in typed and typed["data"] not in {*TEXTS, *IMAGES}:
         typed["data"] = str(Path(typed["data"]).absolute())  # found again from any folder
-    preset = presets[typed.get("preset", next(iter(presets)))]
-    unset = dict.fromkeys(vars(parser.parse_args([])), None)
-    args = argparse.Namespace(**unset | {"preset": next(iter(presets))} | defaults | preset | typed)
-    return args, typed
+    preset = typed.get("preset", first)
+    chosen = dict.fromkeys(vars(unset)) | defaults | presets[preset] | {"preset": preset}
+    args = argparse.Namespace(**chosen | typed)
+    check_attention(args, typed)
+    settle_fake_quant(args, typed)
+    args.out = args.out or run_name(family, args, typed)
+    if not args.resume:
+        return args, typed, None
+    checkpoint = load_checkpoint(args.out, family)
+    return resumed(checkpoint["args"], typed, args.out), typed, checkpoint
 
 
 def steps_of(args, typed, steps_per_epoch):
@@ -137,32 +173,25 @@ def steps_of(args, typed, steps_per_epoch):
     return args.steps if "steps" in typed or args.epochs is None else args.epochs * steps_per_epoch
 
 
-def settle_attention(args, typed, seq_len):
-    """Check the attention flags against each other and fill in gamma; `seq_len` is T."""
-    for flag, needs in {"gamma": "clipped", "zeta": "clipped", "alpha": "clipped",
-                        "gate": "gated", "gate_hidden": "gated", "gate_init": "gated"}.items():
-        if flag in typed and args.attention in ("vanilla", "clipped", "gated") and args.attention != needs:
-            raise UserError(f"--{flag.replace('_', '-')} {typed[flag]} needs --attention {needs}, not {args.attention}")
+def check_attention(args, typed):
+    """Refuse attention flags that would change nothing; of --alpha and --gamma the one that was typed counts."""
+    for name in READ_BY.keys() & typed.keys():
+        if args.attention not in READ_BY[name]:
+            raise UserError(f"--{name.replace('_', '-')} {typed[name]} needs --attention {' or '.join(READ_BY[name])}, "
+                            f"not {args.attention}")
     if "gate_hidden" in typed and args.gate != "mlp":
-        raise UserError(f"--gate-hidden {args.gate_hidden} needs --gate mlp, not {args.gate}")
+        raise UserError(f"--gate-hidden {args.gate_hidden} needs --gate mlp, not {args.gate or Config.gate}")
     if "alpha" in typed and "gamma" in typed:
         raise UserError(f"--alpha {args.alpha:g} and --gamma {args.gamma:g} both set gamma; give one of them")
-    if "gamma" in typed or args.attention != "clipped":
+    if "alpha" in typed:
+        args.gamma = None
+    if "gamma" in typed:
         args.alpha = None
-    if vars(args).get("gamma_per_row"):
-        if args.attention != "clipped" or args.alpha is None:
-            raise UserError("--gamma-per-row needs --attention clipped, and --alpha rather than --gamma")
-        args.gamma = None  # a row's own, -alpha / (t + 1)
-    elif args.alpha is not None:
-        args.gamma = -args.alpha / seq_len  # sec. 5.2
-    if args.attention in ("vanilla", "gated"):
-        args.gamma, args.zeta = 0.0, 1.0
-    elif args.gamma is None and args.alpha is None:
-        args.gamma = 0.0
-    if args.attention != "gated":
-        args.gate = args.gate_hidden = args.gate_init = None
-    elif args.gate != "mlp":
-        args.gate_hidden = None
+
+
+def attention_settings(config):
+    """The settings that a model's attention reads; the others are None."""
+    return {name: getattr(config, name) if config.attention in by else None for name, by in READ_BY.items()}
 
 
 def settle_fake_quant(args, typed):
@@ -185,10 +214,11 @@ def run_name(family, args, typed):
     return "runs/" + "-".join((*words, f"s{args.seed}"))
 
 
-def resumed(saved, typed):
+def resumed(saved, typed, out):
     """The arguments of an interrupted run. What was typed must agree with them, or not matter to them."""
     for name, value in typed.items():
-        if name not in NOT_OF_THE_RUN and value != saved[name]:
-            raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's {saved[name]}: "
+        if name not in NOT_OF_THE_RUN and value != saved.get(name):
+            raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's {saved.get(name)}: "
                             "--resume continues a run as it was started")
-    return argparse.Namespace(**saved | {name: typed.get(name) for name in NOT_OF_THE_RUN if name != "save_every" or name in typed})
+    anew = {name: typed.get(name) for name in NOT_OF_THE_RUN if name != "save_every" or name in typed}
+    return argparse.Namespace(**saved | anew | {"out": out})

@@ -49,7 +49,6 @@ class Part:
 @dataclass
 class ImageSource:
     """Labelled images to train on and to validate with; they never overlap."""
-    name: str
     train: Part
     validation: Part
     classes: int
@@ -57,22 +56,25 @@ class ImageSource:
 
 
 def load_images(source):
-    """Open `--data`: "shapes", "cifar10", or a folder that `read_folder` knows. Else raises UserError."""
-    if source == "shapes":
-        train, validation, classes = Part(*draw_shapes(20_000, seed=0)), Part(*draw_shapes(2_000, seed=1)), len(SHAPES)
-    else:
-        folder = cifar10_folder() if source == "cifar10" else Path(source)
-        try:
-            train, validation, classes = read_folder(folder)
-        except OSError as error:
-            raise UserError(f"--data {source}: cannot be read: {error.strerror}: {error.filename}") from None
+    """Open `--data`: a name in IMAGES, or a folder that `read_folder` knows. Else raises UserError."""
+    try:
+        train, validation, classes = IMAGES[source]() if source in IMAGES else read_folder(Path(source))
+    except OSError as error:
+        raise UserError(f"--data {source}: cannot be read: {error.strerror}: {error.filename}") from None
     if not len(train) or not len(validation):
         raise UserError(f"--data {source}: has {len(train)} images to train on and {len(validation)} "
                         "to validate with; expected some of both")
     if train.images.shape[1:] != validation.images.shape[1:]:
         raise UserError(f"--data {source}: images to train on have shape {train.images.shape[1:]}, those "
                         f"to validate with {validation.images.shape[1:]}; expected the same")
-    return ImageSource(str(source), train, validation, classes, sha256_of(train, validation))
+    return ImageSource(train, validation, classes, sha256_of(train, validation))
+
+
+# A name for --data -> (Part to train on, Part to validate with, number of classes).
+IMAGES = {
+    "shapes": lambda: (Part(*draw_shapes(20_000, seed=0)), Part(*draw_shapes(2_000, seed=1)), len(SHAPES)),
+    "cifar10": lambda: read_folder(cifar10_folder()),
+}
 
 
 def sha256_of(train, validation):
@@ -91,7 +93,7 @@ def sha256_of(train, validation):
 def read_folder(folder):
     """(train, validation, classes) of a folder, whose layout shows in the names of its files."""
     if not folder.is_dir():
-        raise UserError(f"--data {folder}: no such folder; 'shapes' and 'cifar10' are built in")
+        raise UserError(f"--data {folder}: no such folder; built in: {', '.join(IMAGES)}")
     if any(folder.glob("data_batch_*.bin")):
         return read_cifar10(folder)
     if (folder / "images.npy").exists():
@@ -215,6 +217,7 @@ class Images:
 
     `image_size` is what the model sees; images of another size are resized and cropped (C.3).
     """
+    unit = "images"
 
     def __init__(self, source, image_size=None):
         self.source, self.classes, self.sha256 = source, source.classes, source.sha256
@@ -227,6 +230,10 @@ class Images:
     def train_batch(self, seed, step, size):
         """(images (size, H, W, 3), labels (size,)), as they are on disk."""
         return self.source.train.take(self.train_rows(seed, step, size))
+
+    def train_images(self, rows):
+        """The images (B, 3, H, W) and labels (B,) of some `train_rows`, to be augmented."""
+        return self.to_float(*self.source.train.take(rows))
 
     def validation_batches(self, size, batches):
         """Up to `batches` pairs (images, labels): always the same images, evenly spread, none twice."""

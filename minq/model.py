@@ -4,13 +4,13 @@ Every tensor that is ever quantized or measured passes through a Tap, so this on
 the floating-point model, the quantized model and the measured model alike.
 """
 import math
-from dataclasses import dataclass
+import textwrap
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from minq.attention import ATTENTIONS, SelfAttention, Tap
+from minq.attention import ATTENTIONS, CAUSAL_ONLY, SelfAttention, Tap
 from minq.errors import UserError
 
 
@@ -22,27 +22,37 @@ class Config:
     layers: int = 4
     width: int = 128
     heads: int = 4
-    ffn: int = 512             # hidden units of the feed-forward network
+    ffn: int | None = None     # hidden units of the feed-forward network; None: 4 * width
     seq_len: int = 64          # T, the most tokens a sequence can have
     dropout: float = 0.0
     attention: str = "vanilla"  # a key of attention.ATTENTIONS
-    gamma: float = 0.0         # eq. 4
+    gamma: float | None = None  # eq. 4; None: -alpha / T (sec. 5.2), or 0 without alpha
     zeta: float = 1.0          # eq. 4
-    row_alpha: float | None = None  # instead of gamma: gamma_t = -row_alpha / (t + 1) in causal row t
+    alpha: float | None = None
     gate: str = "linear"       # a key of attention.GATES, for attention="gated"
     gate_hidden: int = 4       # n_hid of the MLP gate
     gate_init: float = 0.5     # pi_init, how open a gate starts
     pre_norm: bool = False     # LayerNorm before attention and FFN instead of after the residual sum
     causal: bool = False
-    activation: str = "gelu"
+    activation: str = "gelu"   # a key of ACTIVATIONS
     norm_eps: float = 1e-12
     init_std: float = 0.02
 
     def __post_init__(self):
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
-        if self.row_alpha is not None and not self.causal:
-            raise UserError("--gamma-per-row needs causal attention, whose rows differ in length")
+        if self.attention in CAUSAL_ONLY and not self.causal:
+            raise UserError(f"--attention {self.attention} needs a causal model, whose rows differ in length")
+        if self.ffn is None:
+            self.ffn = 4 * self.width
+        if self.gamma is None:
+            self.gamma = 0.0 if self.alpha is None else -self.alpha / self.seq_len  # sec. 5.2
+
+    @classmethod
+    def of(cls, args, **derived):
+        """From a script's arguments, by name: those that are None keep the defaults above."""
+        named = {field.name: getattr(args, field.name, None) for field in fields(cls)}
+        return cls(**{name: value for name, value in named.items() if value is not None} | derived)
 
 
 @dataclass
@@ -74,13 +84,16 @@ class ViTConfig(Config):
     patch_layernorm: bool = False  # a LayerNorm after the patch embedding (Table 6)
 
     def __post_init__(self):
-        super().__post_init__()
         if self.image_size % self.patch_size:
             raise UserError(f"--patch-size {self.patch_size} does not divide the images' {self.image_size} pixels")
         self.seq_len = 1 + (self.image_size // self.patch_size) ** 2
+        super().__post_init__()
 
 
 # ---- the block ----
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+
 
 class Block(nn.Module):
     """Attention and a feed-forward network, each with a residual sum and a LayerNorm.
@@ -95,29 +108,29 @@ class Block(nn.Module):
         self.attention = SelfAttention(config)
         self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.ffn_up = nn.Linear(config.width, config.ffn)
-        self.activation = {"gelu": nn.GELU, "relu": nn.ReLU}[config.activation]()
+        self.activation = ACTIVATIONS[config.activation]()
         self.ffn_down = nn.Linear(config.ffn, config.width)
         self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.dropout = nn.Dropout(config.dropout)
 
         self.norm1_tap, self.residual1_tap = Tap(), Tap()
         self.ffn_hidden_tap, self.ffn_output_tap = Tap(), Tap()
-        self.norm2_tap = Tap() if config.pre_norm else None
-        self.residual2_tap = None if config.pre_norm else Tap()
+        self.norm2_tap = Tap() if config.pre_norm else None  # post-LN: norm2 gives the layer's output
+        self.residual2_tap = None if config.pre_norm else Tap()  # pre-LN: the second sum is the layer's output
         self.layer_output_tap = Tap()
 
     def feed_forward(self, x):
         hidden = self.ffn_hidden_tap(self.activation(self.ffn_up(x)))  # (B, T, ffn)
         return self.ffn_output_tap(self.ffn_down(hidden))
 
-    def forward(self, x, attend=None):
+    def forward(self, x):
         """x (B, T, width) -> (B, T, width)"""
         if self.pre_norm:
-            update = self.attention(self.norm1_tap(self.norm1(x)), attend)
+            update = self.attention(self.norm1_tap(self.norm1(x)))
             x = self.residual1_tap(x + self.dropout(update))
             update = self.feed_forward(self.norm2_tap(self.norm2(x)))
             return self.layer_output_tap(x + self.dropout(update))
-        update = self.attention(x, attend)
+        update = self.attention(x)
         x = self.norm1_tap(self.norm1(self.residual1_tap(x + self.dropout(update))))
         update = self.feed_forward(x)
         return self.layer_output_tap(self.norm2(self.residual2_tap(x + self.dropout(update))))
@@ -128,6 +141,9 @@ class Block(nn.Module):
 class Bert(nn.Module):
     """BERT for masked language modelling, post-LN; one segment only, so no segment embedding."""
 
+    family, config_class, metric = "bert", BertConfig, "perplexity"
+    norm_tap = "ffn_output"  # Table 2's max inf. norm; post-LN writes its outliers there
+    kurtosis_taps = ("ffn_output", "layer_output")  # its avg. kurtosis, as in the authors' code
     float_modules = ("head",)  # stays in floating point when the rest is quantized (sec. 5)
     final_linear = "head.decoder"  # stays in floating point in fake-quantized training (the blog)
 
@@ -147,37 +163,35 @@ class Bert(nn.Module):
         if config.positions == "sinusoid":
             self.position_embedding.weight.data = sinusoids(config.seq_len, config.width, config.init_std)
 
-    def forward(self, tokens, positions=None, attend=None):
+    def forward(self, tokens, positions=None):
         """tokens (B, T) -> logits (B, T, vocab), or (N, vocab) at N flat `positions` into B * T.
 
-        `attend` (B, T), bool: False at padding. Predicting at masked positions only saves most of
-        the decoder's work.
+        Predicting at masked positions only saves most of the decoder's work.
         """
         T = tokens.shape[1]
         x = self.token_embedding(tokens) + self.position_embedding.weight[:T]  # (B, T, width)
         x = self.embedding_norm_tap(self.embedding_norm(self.embedding_sum_tap(x)))
         x = self.dropout(x)
-        if attend is not None:
-            attend = attend[:, None, None, :]
         for layer in self.layers:
-            x = layer(x, attend)
+            x = layer(x)
         if positions is not None:
             x = x.flatten(0, 1)[positions]  # (N, width)
         return self.head(x)
 
 
 class MaskedHead(nn.Module):
-    """BERT's prediction head: transform, GELU, LayerNorm, and a decoder that shares the token table."""
+    """BERT's prediction head: transform, activation, LayerNorm, and a decoder that shares the token table."""
 
     def __init__(self, config, token_table):
         super().__init__()
         self.transform = nn.Linear(config.width, config.width)
+        self.activation = ACTIVATIONS[config.activation]()
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.decoder = nn.Linear(config.width, config.vocab_size)
         self.decoder.weight = token_table
 
     def forward(self, x):
-        return self.decoder(self.norm(F.gelu(self.transform(x))))
+        return self.decoder(self.norm(self.activation(self.transform(x))))
 
 
 # ---- OPT ----
@@ -185,6 +199,9 @@ class MaskedHead(nn.Module):
 class Opt(nn.Module):
     """OPT for causal language modelling, pre-LN, with a final LayerNorm and a tied output layer."""
 
+    family, config_class, metric = "opt", OptConfig, "perplexity"
+    norm_tap = "layer_output"
+    kurtosis_taps = ("layer_output", "ffn_output", "attention_output", "norm1", "norm2", "final_norm")
     float_modules = ("decoder",)  # stays in floating point when the rest is quantized (sec. 5)
     final_linear = "decoder"  # and in fake-quantized training
 
@@ -215,6 +232,9 @@ class Opt(nn.Module):
 class ViT(nn.Module):
     """A vision transformer, pre-LN; the class is read off the [CLS] token. All of it is quantized."""
 
+    family, config_class, metric = "vit", ViTConfig, "accuracy"
+    norm_tap = "layer_output"
+    kurtosis_taps = ("ffn_output", "layer_output")  # nobody published code: as BERT
     float_modules = ()
     final_linear = "head"  # stays in floating point in fake-quantized training
 
@@ -285,20 +305,20 @@ def sinusoids(length, width, rms):
 
 # ---- from a checkpoint ----
 
-FAMILIES = {"bert": (Bert, BertConfig), "opt": (Opt, OptConfig), "vit": (ViT, ViTConfig)}
+FAMILIES = {model.family: model for model in (Bert, Opt, ViT)}
 
 
 def from_checkpoint(checkpoint, name):
     """Rebuild the model of a run's checkpoint. Raises UserError, naming the run, where it does not fit this code."""
-    if checkpoint["family"] not in FAMILIES:
-        raise UserError(f"{name}: its family is {checkpoint['family']!r}; expected one of {', '.join(FAMILIES)}")
-    build, configure = FAMILIES[checkpoint["family"]]
-    if checkpoint["config"].get("attention") not in ATTENTIONS:
-        raise UserError(f"{name}: its attention is {checkpoint['config'].get('attention')!r}; "
-                        f"expected one of {', '.join(ATTENTIONS)}")
+    family, attention = checkpoint["family"], checkpoint["config"].get("attention")
+    for what, found, known in (("family", family, FAMILIES), ("attention", attention, ATTENTIONS)):
+        if found not in known:
+            raise UserError(f"{name}: its {what} is {found!r}; expected one of {', '.join(known)}")
+    build = FAMILIES[family]
     try:
-        model = build(configure(**checkpoint["config"]))
+        model = build(build.config_class(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError):
-        raise UserError(f"{name}: its checkpoint was made by another architecture than minq's {build.__name__}") from None
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{name}: its checkpoint does not fit minq's {build.__name__}: "
+                        + textwrap.shorten(str(error), 500, placeholder=" ...")) from None
     return model

@@ -1,19 +1,17 @@
 """How strong a model's outliers are: infinity norm, kurtosis, and 6-sigma counts (paper, sec. 3 and 5).
 
-    with watch(model) as outliers:
+    with watch(model, ("ffn_output", *model.kurtosis_taps)) as outliers:
         for inputs, _ in validation_batches:
             model(*inputs)
-    outliers.max_inf_norm("ffn_output"), outliers.avg_kurtosis("layer_output")
+    outliers.max_inf_norm("ffn_output"), outliers.avg_kurtosis(*model.kurtosis_taps)
 
 Here x is one activation of a batch, (B, T, d); a "tensor" in the paper's sense is one sample's (T, d).
 """
+from contextlib import ExitStack, contextmanager
+
 import torch
 
 from minq.model import Block
-
-# The tensor whose norm Table 2 shows, by family; the kurtosis is always that of layer_output.
-NORM_COLUMN = {"bert": "ffn_output", "opt": "layer_output", "vit": "layer_output"}
-
 
 # ---- metrics: one value per sample ----
 
@@ -40,7 +38,7 @@ def is_outlier(x):
     return ((flat - mean).abs() > 6 * std).view_as(x)
 
 
-def norms(x):
+def norms_and_kurtosis(x):
     """The paper's two metrics."""
     return {"inf_norm": inf_norm(x), "kurtosis": kurtosis(x)}
 
@@ -51,64 +49,75 @@ def outlier_counts(x):
     return {"by_position": outliers.sum(dim=2), "by_dimension": outliers.sum(dim=1)}
 
 
-# ---- measuring a model ----
+# ---- listening to a model ----
 
-class watch:
-    """Context manager: average `measure` over every sample that passes the named taps of each layer.
+@contextmanager
+def listening(model, taps, hear):
+    """While active, call hear(tap, place, x) with what passes the named taps.
 
-    taps: names without the _tap suffix, or "layer_input", what each block gets (the blog's norms).
-    measure: a function from an activation to a dict of per-sample tensors, (B, ...). After use,
-    `mean[tap][metric]` is a list with an entry per layer.
+    taps: names without the _tap suffix; or "layer_input", what a block gets; or "gate", what a gate gives.
+    place: how many of that name come before it in the model; the layer, from 0, for a tap of a block.
+    Yields a dict: tap -> its number of places.
     """
+    places = dict.fromkeys(taps, 0)
+    with ExitStack() as hooks:
+        for name, module in model.named_modules():
+            last = name.rpartition(".")[2]
+            tap = last.removesuffix("_tap")
+            if tap in places and (last != tap or tap == "gate"):
+                hook = lambda m, args, x, tap=tap, place=places[tap]: hear(tap, place, x.detach())
+                hooks.callback(module.register_forward_hook(hook).remove)
+                places[tap] += 1
+            if isinstance(module, Block) and "layer_input" in places:
+                hook = lambda m, args, place=places["layer_input"]: hear("layer_input", place, args[0].detach())
+                hooks.callback(module.register_forward_pre_hook(hook).remove)
+                places["layer_input"] += 1
+        yield places
 
-    def __init__(self, model, taps=("ffn_output", "layer_output"), measure=norms):
-        self.model, self.taps, self.measure = model, taps, measure
 
-    def __enter__(self):
-        self.sums = {tap: [] for tap in self.taps}  # tap -> per layer: metric -> sum over samples
-        self.counts = {tap: [] for tap in self.taps}
-        self.handles = []
-        for name, module in self.model.named_modules():
-            tap = name.rpartition(".")[2].removesuffix("_tap")
-            if name.endswith("_tap") and tap in self.taps:
-                add = self.new_layer(tap)
-                self.handles.append(module.register_forward_hook(lambda module, args, x, add=add: add(x)))
-            if isinstance(module, Block) and "layer_input" in self.taps:
-                add = self.new_layer("layer_input")
-                self.handles.append(module.register_forward_pre_hook(lambda module, args, add=add: add(args[0])))
-        missing = [tap for tap in self.taps if not self.sums[tap]]
-        if missing:
-            raise KeyError(f"the model has no tap named {missing[0]}")
-        return self
+@contextmanager
+def watch(model, taps=("ffn_output", "layer_output"), measure=norms_and_kurtosis):
+    """While active, average `measure` over every sample that passes the named taps; yields Averages.
 
-    def new_layer(self, tap):
-        """A function that adds up what it is given, as the next layer's `tap`."""
-        layer = len(self.sums[tap])
-        self.sums[tap].append({})
-        self.counts[tap].append(0)
+    measure: a function from an activation to a dict of per-sample tensors, (B, ...).
+    Raises KeyError for a tap that the model does not have, or has not called.
+    """
+    hear = lambda tap, place, x: averages.add(tap, place, measure(x), len(x))
+    with listening(model, taps, hear) as places:
+        averages = Averages(places)
+        yield averages
+    for tap, counts in averages.counts.items():
+        if 0 in counts:
+            raise KeyError(f"nothing has passed the model's tap {tap} in place {counts.index(0)}")
 
-        def add(x):
-            sums = self.sums[tap][layer]
-            for metric, value in self.measure(x.detach()).items():
-                sums[metric] = sums.get(metric, 0) + value.float().sum(dim=0)
-            self.counts[tap][layer] += x.shape[0]
-        return add
 
-    def __exit__(self, *exception):
-        for handle in self.handles:
-            handle.remove()
+class Averages:
+    """What `watch` has measured: `mean[tap][metric]` is a list with an entry per place."""
+
+    def __init__(self, places):
+        for tap, n in places.items():
+            if n == 0:
+                raise KeyError(f"the model has no tap named {tap}")
+        self.sums = {tap: [{} for _ in range(n)] for tap, n in places.items()}  # metric -> sum over samples
+        self.counts = {tap: [0] * n for tap, n in places.items()}
+
+    def add(self, tap, place, measured, samples):
+        sums = self.sums[tap][place]
+        for metric, value in measured.items():
+            sums[metric] = sums.get(metric, 0) + value.float().sum(dim=0)
+        self.counts[tap][place] += samples
 
     @property
     def mean(self):
-        """tap -> metric -> list over layers of the mean over samples (a float, or a list for counts)."""
-        return {tap: {metric: [(sums[metric] / count).tolist() for sums, count in zip(layers, self.counts[tap])]
-                      for metric in layers[0]} for tap, layers in self.sums.items()}
+        """tap -> metric -> list over places of the mean over samples (a float, or a list for counts)."""
+        return {tap: {metric: [(sums[metric] / count).tolist() for sums, count in zip(places, self.counts[tap])]
+                      for metric in places[0]} for tap, places in self.sums.items()}
 
     def max_inf_norm(self, tap):
         """Mean over samples, then the largest layer's (Table 2's "Max inf. norm")."""
         return max(self.mean[tap]["inf_norm"])
 
-    def avg_kurtosis(self, tap):
-        """Mean over samples, then over layers (Table 2's "Avg. kurtosis"); not excess."""
-        kurtoses = self.mean[tap]["kurtosis"]
+    def avg_kurtosis(self, *taps):
+        """Mean over samples, then over all places of the taps (Table 2's "Avg. kurtosis"); not excess."""
+        kurtoses = [value for tap in taps for value in self.mean[tap]["kurtosis"]]
         return sum(kurtoses) / len(kurtoses)

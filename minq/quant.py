@@ -6,19 +6,17 @@
             quantized(*inputs)
 
 `quantize_model` puts a WeightQuantizer on every weight and swaps every Tap for an
-ActivationQuantizer. The model's forward pass stays as it is.
-
-    fake_quantize_training(model, w_bits=8, a_bits=8)     # and train it: every product sees 8 bits
-    with fake_quantization_off(model): ...                # the same weights in floating point
+ActivationQuantizer. The model's forward pass stays as it is. (Training in eight bits: fake_quant.py.)
 """
+import math
 from contextlib import contextmanager
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
 from minq.attention import SelfAttention, Tap
+from minq.errors import UserError
 
 
 # ---- eq. 1 ----
@@ -68,21 +66,12 @@ def value_range(x, percentile=100.0):
 def percentile_of(x, percentile):
     """The p-th percentile of all values of x, interpolated between the two nearest ranks (as numpy's).
 
-    Only the tail beyond it is sorted: torch.quantile refuses more than 2^24 values.
+    torch.quantile refuses more than 2^24 values.
     """
     x = x.float().flatten()
     rank = (x.numel() - 1) * percentile / 100.0
-    below = int(rank)
-    upper_tail = percentile >= 50.0
-    tail = x.topk(x.numel() - below if upper_tail else below + 2, largest=upper_tail).values
-    a, b = (tail[-1], tail[max(len(tail) - 2, 0)]) if upper_tail else (tail[-2], tail[-1])
-    return a + (b - a) * (rank - below)
-
-
-def token_range(x):
-    """(low, high) of each token, that is of each row of the last dimension: (..., d) -> (..., 1)."""
-    x = x.float()
-    return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # on CPUs faster than torch.aminmax
+    a, b = (x.kthvalue(k + 1).values for k in (math.floor(rank), math.ceil(rank)))
+    return a + (b - a) * (rank % 1)
 
 
 class RunningRange:
@@ -115,19 +104,20 @@ A_ESTIMATORS = {
 }
 
 
-def minmax_threshold(groups, n_bits):
+def minmax_threshold(groups, n_bits, symmetric=True):
     """max |w| of each row: (G, n) -> (G, 1)"""
     return groups.abs().amax(dim=1, keepdim=True)
 
 
-def mse_threshold(groups, n_bits):
+def mse_threshold(groups, n_bits, symmetric=True):
     """Of the 100 thresholds k/100 * max |w|, the one whose grid has the least squared error (sec. C.4, OPT)."""
     largest = minmax_threshold(groups, n_bits)
     best, least_error = largest, torch.full_like(largest, torch.inf)
     for k in range(1, 101):
         threshold = largest * (k / 100)
-        scale, zero_point = affine_parameters(-threshold, threshold, n_bits, symmetric=True)
-        error = (fake_quantize(groups, scale, zero_point, n_bits, True) - groups).square().sum(dim=1, keepdim=True)
+        grid_of = affine_parameters(-threshold * symmetric, threshold, n_bits, symmetric)
+        on_grid = fake_quantize(groups, *grid_of, n_bits, symmetric)
+        error = (on_grid - groups).square().sum(dim=1, keepdim=True)
         best = torch.where(error < least_error, threshold, best)
         least_error = torch.minimum(error, least_error)
     return best
@@ -139,24 +129,28 @@ W_ESTIMATORS = {"minmax": minmax_threshold, "mse": mse_threshold}
 # ---- quantizers ----
 
 class WeightQuantizer(nn.Module):
-    """Symmetric fake quantization of one weight, a parametrization of it: weight -> weight on the grid.
+    """Fake quantization of one weight, a parametrization of it: weight -> weight on the grid.
 
-    Per tensor each of `parts` equal stacks of rows (W_q, W_k, W_v) has a scale, per channel each row.
+    Symmetric, unless no weight is negative (LayerNorm's gamma, mostly): then on the unsigned grid
+    0 .. 2^b - 1, twice as fine, as the authors do. Per tensor each of `parts` equal stacks of rows
+    (W_q, W_k, W_v) has a scale, per channel each row.
     """
 
     def __init__(self, weight, n_bits=8, estimator="minmax", granularity="tensor", parts=1):
         super().__init__()
-        self.n_bits = n_bits
+        self.n_bits, self.symmetric = n_bits, bool((weight < 0).any())
         self.n_scales = weight.shape[0] if granularity == "channel" and weight.dim() > 1 else parts
         groups = weight.detach().reshape(self.n_scales, -1)
-        threshold = W_ESTIMATORS[estimator](groups, n_bits)
-        scale, zero_point = affine_parameters(-threshold, threshold, n_bits, symmetric=True)
+        threshold = W_ESTIMATORS[estimator](groups, n_bits, self.symmetric)
+        low = -threshold * self.symmetric  # an asymmetric grid from 0 on has the zero point 0
+        scale, zero_point = affine_parameters(low, threshold, n_bits, self.symmetric)
         self.register_buffer("scale", scale)  # (n_scales, 1)
         self.register_buffer("zero_point", zero_point)
 
     def forward(self, weight):
         groups = weight.reshape(self.n_scales, -1)
-        return fake_quantize(groups, self.scale, self.zero_point, self.n_bits, symmetric=True).view_as(weight)
+        on_grid = fake_quantize(groups, self.scale, self.zero_point, self.n_bits, self.symmetric)
+        return on_grid.view_as(weight)
 
 
 class ActivationQuantizer(nn.Module):
@@ -187,126 +181,40 @@ def quantize_model(model, w_bits=8, a_bits=8, w_estimator="minmax", a_estimator=
     Stays in floating point: what the model lists in `float_modules` (the final layer of BERT and
     OPT, sec. 5), gates, and biases. A tied output layer keeps the float table.
     """
-    gates = [f"{name}.gate" for name, module in model.named_modules() if isinstance(module, SelfAttention)]
+    modules = list(model.named_modules())
+    gates = [f"{name}.gate" for name, module in modules if isinstance(module, SelfAttention)]
     stays_float = tuple(f"{name}." for name in (*model.float_modules, *gates))
-    for name, module in list(model.named_modules()):
+    for name, module in modules:
         if f"{name}.".startswith(stays_float):
             continue
         if isinstance(module, Tap):
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, ActivationQuantizer(a_bits, a_estimator))
-        if isinstance(module, (nn.Linear, nn.Embedding, nn.LayerNorm)):
-            quantizer = WeightQuantizer(module.weight, w_bits, w_estimator, w_granularity, getattr(module, "parts", 1))
+        if isinstance(getattr(module, "weight", None), nn.Parameter):
+            parts = getattr(module, "parts", 1)
+            quantizer = WeightQuantizer(module.weight, w_bits, w_estimator, w_granularity, parts)
             parametrize.register_parametrization(module, "weight", quantizer)
     return model.to(next(model.parameters()).device).eval()
 
 
 @contextmanager
 def calibrating(model):
-    """While active, the batches that run through a quantized `model` set its activation ranges."""
-    quantizers = [module for module in model.modules() if isinstance(module, ActivationQuantizer)]
-    for quantizer in quantizers:
+    """While active, the batches that run through a quantized `model` set its activation ranges.
+
+    Raises UserError at the end, naming the tap, where a range has not come out finite.
+    """
+    taps = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
+    for quantizer in taps.values():
         quantizer.estimating = True
     try:
         with torch.no_grad(), parametrize.cached():
             yield
     finally:
-        for quantizer in quantizers:
+        for quantizer in taps.values():
             quantizer.estimating = False
-
-
-# ---- fake quantization from the first training step (the blog) ----
-#
-# It sits at the operands of each matrix product, with ranges that follow what arrives: inputs and weights
-# of each Linear, queries and keys, probabilities and values. What a norm hands to the residual stream,
-# what a gate sees and the gate itself stay in floating point, and so does the final linear layer.
-
-class StraightThrough(torch.autograd.Function):
-    """Fake quantization whose gradient is the identity. It keeps nothing for the backward pass."""
-
-    @staticmethod
-    def forward(ctx, x, low, high, n_bits, symmetric):
-        return fake_quantize(x, *affine_parameters(low, high, n_bits, symmetric), n_bits, symmetric)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return gradient, None, None, None, None
-
-
-GRANULARITIES = {"token": token_range, "tensor": value_range}
-
-
-class DynamicQuantizer(nn.Module):
-    """Asymmetric fake quantization of an activation by its own range: of each token, or of the tensor.
-
-    A token is a row of the last dimension. Per token, the scales of the values V lie along the dimension that
-    probs @ V sums over: an integer kernel could not take them out of the sum. This simulates; it cannot be run.
-    """
-    active = True
-
-    def __init__(self, n_bits=8, granularity="token"):
-        super().__init__()
-        self.n_bits, self.granularity = n_bits, granularity
-
-    def forward(self, x):
-        if not self.active:
-            return x
-        low, high = GRANULARITIES[self.granularity](x.detach())
-        return StraightThrough.apply(x, low, high, self.n_bits, False)
-
-
-class DynamicWeightQuantizer(nn.Module):
-    """Symmetric per-tensor fake quantization of a weight, a scale for each of its `parts` (W_q, W_k, W_v)."""
-    active = True
-
-    def __init__(self, n_bits=8, parts=1):
-        super().__init__()
-        self.n_bits, self.parts = n_bits, parts
-
-    def forward(self, weight):
-        if not self.active:
-            return weight
-        groups = weight.reshape(self.parts, -1)
-        threshold = minmax_threshold(groups.detach(), self.n_bits)
-        return StraightThrough.apply(groups, -threshold, threshold, self.n_bits, True).view_as(weight)
-
-
-class FakeQuantLinear(nn.Module):
-    """A Linear, whose weight and bias it shares, with both operands of its product quantized."""
-
-    def __init__(self, linear, w_bits=8, a_bits=8, granularity="token"):
-        super().__init__()
-        self.weight, self.bias = linear.weight, linear.bias
-        self.input_quantizer = DynamicQuantizer(a_bits, granularity)
-        self.weight_quantizer = DynamicWeightQuantizer(w_bits, getattr(linear, "parts", 1))
-
-    def forward(self, x):
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
-
-
-def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token"):
-    """Quantize the operands of all matrix products of `model` in place, ready to be trained, and return it.
-
-    Parameters stay the same objects under the same names: its state_dict fits the float model.
-    """
-    for name, module in list(model.named_modules()):
-        parent, _, child = name.rpartition(".")
-        if isinstance(module, nn.Linear) and name != model.final_linear:
-            setattr(model.get_submodule(parent), child, FakeQuantLinear(module, w_bits, a_bits, granularity))
-        if isinstance(module, SelfAttention):
-            for tap in ("queries_tap", "keys_tap", "values_tap", "probs_tap"):
-                setattr(module, tap, DynamicQuantizer(a_bits, granularity))
-    return model
-
-
-@contextmanager
-def fake_quantization_off(model):
-    """While active, a `fake_quantize_training` model computes in floating point."""
-    quantizers = [module for module in model.modules() if isinstance(module, (DynamicQuantizer, DynamicWeightQuantizer))]
-    for quantizer in quantizers:
-        quantizer.active = False
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.active = True
+    for name, quantizer in taps.items():
+        if quantizer.range.low is None:
+            raise UserError(f"{name}: nothing passed it, so it has no range; a tap that is never called must be None")
+        if not quantizer.scale.isfinite():
+            raise UserError(f"{name}: its calibrated scale is {quantizer.scale.item()}; "
+                            f"the values range from {quantizer.range.low.item()} to {quantizer.range.high.item()}")

@@ -1,18 +1,260 @@
-"""A trained run, opened again: its model and the data that it was trained on."""
+"""A run: a training that can be stopped, continued and opened again.
+
+Its folder has `checkpoint.pt` (everything needed to rebuild the model and to go on) and `metrics.jsonl`
+(a line an evaluation: loss, the family's metric, norm and kurtosis of every layer).
+"""
+import json
+import os
+import signal
+import time
+from dataclasses import asdict
+from itertools import starmap
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
 from minq.data import open_data
+from minq.errors import UserError
+from minq.fake_quant import fake_quantization_off, fake_quantize_training
 from minq.model import from_checkpoint
-from minq.training import load_checkpoint, require_same_data
+from minq.outliers import watch
+from minq.training import evaluate, seed_step
+
+PATIENCE = 20  # steps in a row whose loss is not finite, before a run is given up
+LOOK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 
 
-def open_run(folder, device, data_source=None):
-    """(checkpoint, model in evaluation mode, data) of a run.
+class Run:
+    """A training in progress. The script does the step; the run counts, evaluates, logs, saves, stops and reports.
+
+        run = Run(args, data, model, optimizer, scaler, checkpoint)
+        for step in run.steps():                    # from the checkpoint's on, until --steps or Ctrl-C
+            for batch in run.slices(*global_batch): # the --accumulate micro-batches of this process
+                loss = ...                          # of run.trained; the slices' losses add up to the step's
+                run.step_loss += loss.detach()
+
+    `trained` is the model as it is to be called in training: fake-quantized, compiled, distributed as args say.
+    """
+
+    def __init__(self, args, data, model, optimizer, scaler, checkpoint=None):
+        self.args, self.data, self.model = args, data, model
+        self.optimizer, self.scaler = optimizer, scaler
+        self.folder, self.device = Path(args.out), next(model.parameters()).device
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        if args.batch_size % self.world:
+            raise UserError(f"--batch-size {args.batch_size} does not divide among {self.world} processes")
+
+        if args.fake_quant:
+            fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity)
+        self.trained = torch.compile(model) if args.compile else model
+        if self.world > 1:
+            self.trained = DistributedDataParallel(self.trained)
+
+        self.step, self.seconds, self.train_loss = 0, 0.0, torch.zeros(())
+        if checkpoint:
+            require_same_data(args.data, data.sha256, checkpoint)
+            for name in ("model", "optimizer", "scaler"):
+                getattr(self, name).load_state_dict(checkpoint[name])
+            self.step, self.seconds, self.train_loss = (checkpoint[name] for name in ("step", "seconds", "train_loss"))
+        self.train_loss = self.train_loss.to(self.device)  # summed since the last evaluation
+        self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)  # in a row, with a loss not finite
+        if self.rank == 0:
+            forget_after(self.folder, self.step) if checkpoint else claim(self.folder, args.overwrite)
+
+    # ---- the loop ----
+
+    def steps(self):
+        """Yield the number of each step; between two of them log, evaluate and save when it is time."""
+        args, started = self.args, time.perf_counter() - self.seconds
+        progress = tqdm(total=args.steps, initial=self.step, unit="step", disable=self.rank > 0)
+        with Interrupt() as interrupt:
+            while self.step < args.steps and not interrupt.raised:
+                seed_step(args.seed, self.step, self.rank)
+                self.step_loss = torch.zeros((), device=self.device)
+                yield self.step
+                self.step += 1
+                self.count_loss()
+                progress.update()
+                if self.step % LOOK_EVERY == 0:
+                    self.show(progress)
+                    if self.bad_steps >= PATIENCE:
+                        break
+                last = self.step == args.steps
+                if self.step % args.eval_every == 0 or last:
+                    self.evaluate()
+                self.seconds = time.perf_counter() - started
+                if self.step % args.save_every == 0 or last or interrupt.raised:
+                    self.save()
+        progress.close()
+        self.report()
+
+    def slices(self, *arrays):
+        """Slice a global batch (arrays with equal first dimensions) into this process's micro-batches."""
+        self.items = arrays[0].size
+        size = len(arrays[0]) // (self.args.accumulate * self.world)
+        for i in range(self.args.accumulate):
+            # DDP exchanges gradients in the backward pass: once a step is enough
+            self.trained.require_backward_grad_sync = i == self.args.accumulate - 1
+            start = (i * self.world + self.rank) * size
+            yield tuple(array[start:start + size] for array in arrays)
+
+    def count_loss(self):
+        if self.world > 1:
+            dist.all_reduce(self.step_loss)
+            self.step_loss /= self.world
+        self.train_loss += self.step_loss
+        self.bad_steps = (self.bad_steps + 1) * ~self.step_loss.isfinite()
+
+    def show(self, progress):
+        rate = (progress.format_dict["rate"] or 0.0) * self.items
+        progress.set_postfix_str(f"loss {self.step_loss.item():.3f}, {rate:,.0f} {self.data.unit}/s", refresh=False)
+
+    # ---- what is kept ----
+
+    def evaluate(self):
+        """Write a line of metrics.jsonl."""
+        model, args = self.model, self.args
+        batches = lambda: starmap(self.data.to_model, self.data.validation_batches(args.batch_size, args.eval_batches))
+        taps = dict.fromkeys(("layer_input", "ffn_output", "layer_output", *model.kurtosis_taps))
+        with watch(model, taps) as outliers:
+            scores = floating = evaluate(model, batches(), self.device)
+        if args.fake_quant:
+            with fake_quantization_off(model):
+                floating = evaluate(model, batches(), self.device)
+        if self.rank == 0:
+            steps, metric = (self.step - 1) % args.eval_every + 1, model.metric
+            record = {"step": self.step, "loss": self.train_loss.item() / steps,
+                      "lr": self.optimizer.param_groups[0]["lr"], "val_loss": scores["loss"],
+                      metric: scores[metric], f"float_{metric}": floating[metric],
+                      "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
+                      "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **outliers.mean}
+            with open(self.folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        self.train_loss.zero_()
+
+    def save(self):
+        """Write the checkpoint, unless the last step went wrong: the one before it is the better one."""
+        if self.rank > 0 or self.bad_steps > 0:
+            return
+        model, args = self.model, self.args
+        checkpoint = dict(format="minq 1", family=model.family, config=asdict(model.config), args=vars(args),
+                          data_sha256=self.data.sha256, step=self.step, model=model.state_dict(),
+                          optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
+                          train_loss=self.train_loss, seconds=self.seconds)
+        write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+
+    def report(self):
+        """The last words: what came out, or how to go on. Raises UserError if the loss was lost."""
+        script, path = f"train_{self.model.family}.py", self.folder / "checkpoint.pt"
+        if self.bad_steps > 0:
+            kept = f"{path} is still that of the last good step saved" if path.exists() else "nothing was saved yet"
+            raise UserError(f"{self.folder}: stopped at step {self.step}, the loss of the last {int(self.bad_steps)} "
+                            f"steps is not finite; {kept}; try a lower --lr, or --precision fp32")
+        if self.rank > 0:
+            return
+        if self.step < self.args.steps:
+            print(f"interrupted at step {self.step}, saved. Go on with: python {script} --resume --out {self.folder}")
+            raise SystemExit(130)
+        print(f"{self.folder}: step {self.step}, {summary(self.folder)}")
+        print(f"next: python quantize.py {self.folder}")
+
+
+class Interrupt:
+    """Turns Ctrl-C and SIGTERM into a flag, so that a step ends and the run is saved first."""
+
+    def __enter__(self):
+        self.raised = False
+        self.previous = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def catch(self, *_):
+        self.raised = True
+
+    def __exit__(self, *exception):
+        for s, handler in self.previous.items():
+            signal.signal(s, handler)
+
+
+# ---- the folder ----
+
+def claim(folder, overwrite):
+    """Take the folder for a new run."""
+    checkpoint, metrics = folder / "checkpoint.pt", folder / "metrics.jsonl"
+    if (checkpoint.exists() or metrics.exists()) and not overwrite:
+        raise UserError(f"--out {folder}: already holds a run; continue it with --resume, "
+                        "replace it with --overwrite, or name another --out")
+    try:
+        checkpoint.unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        metrics.write_text("")
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
+
+
+def forget_after(folder, step):
+    """Drop what was logged after the checkpoint of `step`, half-written lines included."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+
+
+def write_atomically(path, write):
+    """Write a new file beside `path`, then put it in its place: at no moment is `path` half written."""
+    new = path.with_name(path.name + ".new")
+    write(new)
+    os.replace(new, path)
+
+
+def summary(folder):
+    """The last evaluation of a run, in words."""
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    metric = "accuracy" if "accuracy" in last else "perplexity"
+    switched_off = f" (fake quantization off {last['float_' + metric]:.3f})" if last["float_" + metric] != last[metric] else ""
+    norms = ", ".join(f"{max(last[tap]['inf_norm']):.1f} ({tap})" for tap in ("ffn_output", "layer_output"))
+    return f"{metric} {last[metric]:.3f}{switched_off}, max inf norm {norms}, avg kurtosis {last['avg_kurtosis']:.1f}"
+
+
+# ---- opened again ----
+
+def load_checkpoint(folder, family=None):
+    """The dictionary in `folder`/checkpoint.pt. Raises UserError if it is not a run's, or not of `family`."""
+    path = Path(folder) / "checkpoint.pt"
+    if not path.is_file():
+        raise UserError(f"{folder}: no run here; expected a folder with checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # bytes that are no checkpoint raise anything
+        raise UserError(f"{path}: truncated, or not a checkpoint of minq") from None
+    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "minq 1":
+        raise UserError(f"{path}: not a checkpoint of minq")
+    if family and checkpoint["family"] != family:
+        raise UserError(f"{folder}: a run of {checkpoint['family']}, expected one of {family}")
+    row_alpha = checkpoint["config"].pop("row_alpha", None)  # until November 2026 a flag beside --attention clipped
+    if row_alpha is not None:
+        checkpoint["config"] |= {"attention": "row-clipped", "alpha": row_alpha}
+        checkpoint["args"]["attention"] = "row-clipped"
+    return checkpoint
+
+
+def require_same_data(source, sha256, checkpoint):
+    """Raise UserError if the data that a run was trained on has changed since."""
+    if sha256 != checkpoint["data_sha256"]:
+        raise UserError(f"--data {source}: has changed since this run was trained on it (its SHA-256 is another)")
+
+
+def open_run(folder, device, data_source=None, family=None):
+    """(checkpoint, model in evaluation mode, data) of a run, which must be of `family`, if one is named.
 
     `data_source`: where its data is now (`--data`). Without it the data must be what the run was
     trained on; UserError if it has changed, or if the run cannot be read.
     """
-    checkpoint = load_checkpoint(folder)
+    checkpoint = load_checkpoint(folder, family)
     model = from_checkpoint(checkpoint, folder).to(device).eval()
-    data = open_data(checkpoint["family"], checkpoint["args"] | ({"data": data_source} if data_source else {}))
+    data = open_data(checkpoint["args"] | ({"data": data_source} if data_source else {}))
     if not data_source:
         require_same_data(checkpoint["args"]["data"], data.sha256, checkpoint)
     return checkpoint, model, data

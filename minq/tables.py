@@ -12,9 +12,19 @@ def mean_and_std(values):
     return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None, "all": values}
 
 
+def over_seeds(values):
+    """Of one list of calibrations a training seed: mean and deviation of the seeds' means, and beside it the
+    deviation over calibrations, a mean over seeds."""
+    each = [mean_and_std(of_seed) for of_seed in values]
+    calibrations = None if each[0]["std"] is None else statistics.mean(seed["std"] for seed in each)
+    return mean_and_std([seed["mean"] for seed in each]) | {"calibrations": calibrations, "all": values}
+
+
 def with_std(result, digits=4):
-    """4.52 ±0.01"""
-    return f"{result['mean']:.{digits}g}" + ("" if result["std"] is None else f" ±{result['std']:.2g}")
+    """4.52 ±0.01, or 4.52 ±0.01 (0.002): over training seeds, and over calibrations"""
+    calibrations = result.get("calibrations")
+    return (f"{result['mean']:.{digits}g}" + ("" if result["std"] is None else f" ±{result['std']:.2g}")
+            + ("" if calibrations is None else f" ({calibrations:.2g})"))
 
 
 # ---- columns: what a table shows of a row of results ----
@@ -88,10 +98,11 @@ def repetitions(rows):
     if "seconds" in first:
         return f"{first['precision']}, {len(first['seconds']['all'])} rounds in turns"
     seeds = len(first["seeds"])
-    calibrations = len(next(iter(first["quantized"].values()))["all"]) // seeds
+    calibrations = len(next(iter(first["quantized"].values()))["all"][0])
     minutes = [seconds / 60 for row in rows for seconds in row["training_seconds"]["all"]]
-    return (f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations; {len(minutes)} trainings "
-            f"of {min(minutes):.1f} to {max(minutes):.1f} minutes")
+    spread = "± over seeds, in brackets over calibrations" if seeds > 1 else "in brackets the deviation over calibrations"
+    return (f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations ({spread}); {len(minutes)} "
+            f"trainings of {min(minutes):.1f} to {max(minutes):.1f} minutes")
 
 
 def draw(experiment, table, path):

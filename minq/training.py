@@ -1,17 +1,13 @@
 """The plumbing of training that has one right answer: schedules, parameter groups, precision,
-processes, runs on disk, evaluation. It knows no model; the training loop stands in each script.
+processes, evaluation. It knows no model and no disk; the training step stands in each script.
 """
 import atexit
 import contextlib
-import json
 import math
 import os
-import signal
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.nn as nn
 import torch.nn.functional as F
 
 from minq.errors import UserError
@@ -34,17 +30,23 @@ def cosine_schedule(step, warmup, steps, first=1e-3, last=1e-2):
     return last + (1 - last) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def set_lr(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 # ---- optimizer ----
 
 def parameter_groups(model, weight_decay, decay_layernorm=False):
-    """AdamW groups: no weight decay on biases and LayerNorm, or with `decay_layernorm` on its gamma (B.3)."""
-    norms = {id(p) for module in model.modules() if isinstance(module, nn.LayerNorm) for p in module.parameters()}
-    decayed, kept = [], []
+    """AdamW groups: weight decay on matrices only; with `decay_layernorm` also on norms' gamma (B.3), the
+    weights that are vectors. Biases never decay."""
+    decayed, undecayed = [], []
     for name, p in model.named_parameters():
-        is_bias = "bias" in name.rpartition(".")[2]
-        decays = not is_bias and (decay_layernorm or id(p) not in norms)
-        (decayed if decays else kept).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+        last = name.rpartition(".")[2]
+        is_gamma = p.dim() == 1 and last == "weight"
+        is_matrix = p.dim() > 1 and "bias" not in last
+        (decayed if is_matrix or is_gamma and decay_layernorm else undecayed).append(p)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
 
 
 # ---- device and precision ----
@@ -97,26 +99,6 @@ def start_processes():
     return dist.get_rank(), dist.get_world_size()
 
 
-def check_slices(batch_size, world):
-    if batch_size % world:
-        raise UserError(f"--batch-size {batch_size} does not divide among {world} processes")
-
-
-def micro_batches(arrays, accumulate, rank, world):
-    """Slice a global batch (arrays with equal first dimensions) into this rank's `accumulate` micro-batches."""
-    size = len(arrays[0]) // (accumulate * world)
-    for i in range(accumulate):
-        start = (i * world + rank) * size
-        yield tuple(array[start:start + size] for array in arrays)
-
-
-def mean_over_processes(x):
-    if dist.is_initialized():
-        dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
-
 def to_device(batch, device):
     """Move a batch (nested tuples of tensors); to a GPU through pinned memory, without waiting."""
     if isinstance(batch, tuple):
@@ -148,117 +130,8 @@ def evaluate(model, batches, device):
 
 
 def exp(x):
-    """e^x, infinite instead of an error when x is too large."""
-    return math.exp(x) if x < 700 else math.inf
-
-
-# ---- runs on disk ----
-
-class Run:
-    """A folder with `checkpoint.pt` (everything needed to rebuild and to go on) and `metrics.jsonl`."""
-
-    def __init__(self, folder):
-        self.folder = Path(folder)
-        self.checkpoint, self.metrics = self.folder / "checkpoint.pt", self.folder / "metrics.jsonl"
-
-    def start(self, overwrite):
-        """Claim the folder for a new run."""
-        if self.checkpoint.exists() or self.metrics.exists():
-            if not overwrite:
-                raise UserError(f"--out {self.folder}: already holds a run; continue it with --resume, "
-                                "replace it with --overwrite, or name another --out")
-            self.checkpoint.unlink(missing_ok=True)
-            self.metrics.unlink(missing_ok=True)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.metrics.touch()
-        except OSError as error:
-            raise UserError(f"--out {self.folder}: cannot be written: {error.strerror}") from None
-
-    def forget_after(self, step):
-        """Drop what was logged after the checkpoint of `step`, half-written lines included."""
-        lines = self.metrics.read_text().splitlines(keepends=True) if self.metrics.exists() else []
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        write_atomically(self.metrics, lambda path: path.write_text("".join(kept)))
-
-    def log(self, **record):
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps(record) + "\n")
-
-    def save(self, **checkpoint):
-        write_atomically(self.checkpoint, lambda path: torch.save({"format": "minq 1", **checkpoint}, path))
-
-
-def write_atomically(path, write):
-    """Write a new file beside `path`, then put it in its place: at no moment is `path` half written."""
-    new = path.with_name(path.name + ".new")
-    write(new)
-    os.replace(new, path)
-
-
-PATIENCE = 20  # steps in a row whose loss is not finite, before a run is given up
-
-
-def require_finite(run, step, bad_steps):
-    """Raise UserError if the run came to `step` with its loss not finite in the last `bad_steps` steps."""
-    if bad_steps > 0:
-        kept = f"{run.checkpoint} is still that of the last good step saved" if run.checkpoint.exists() else "nothing was saved yet"
-        raise UserError(f"{run.folder}: stopped at step {step}, the loss of the last {int(bad_steps)} steps is not finite; "
-                        f"{kept}; try a lower --lr, or --precision fp32")
-
-
-def load_checkpoint(folder, family=None):
-    """The dictionary in `folder`/checkpoint.pt. Raises UserError if it is not a run's, or not of `family`."""
-    path = Path(folder) / "checkpoint.pt"
-    if not path.is_file():
-        raise UserError(f"{folder}: no run here; expected a folder with checkpoint.pt")
+    """e^x, infinite instead of an error when x is too large; NaN stays NaN."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # bytes that are no checkpoint raise anything
-        raise UserError(f"{path}: truncated, or not a checkpoint of minq") from None
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != "minq 1":
-        raise UserError(f"{path}: not a checkpoint of minq")
-    if family and checkpoint["family"] != family:
-        raise UserError(f"{folder}: a run of {checkpoint['family']}, expected one of {family}")
-    return checkpoint
-
-
-def require_same_data(source, sha256, checkpoint):
-    """Raise UserError if the data that a run was trained on has changed since."""
-    if sha256 != checkpoint["data_sha256"]:
-        raise UserError(f"--data {source}: has changed since this run was trained on it (its SHA-256 is another)")
-
-
-# ---- what a person sees ----
-
-def show(progress, loss, count, unit):
-    """Put the loss and the throughput, `count` of `unit` a step, on the progress bar."""
-    rate = progress.format_dict["rate"] or 0.0
-    progress.set_postfix_str(f"loss {loss.item():.3f}, {rate * count:,.0f} {unit}/s", refresh=False)
-
-
-def summary(run):
-    """The last evaluation of a run, in words."""
-    last = json.loads(run.metrics.read_text().splitlines()[-1])
-    metric = "accuracy" if "accuracy" in last else "perplexity"
-    norms = {tap: max(last[tap]["inf_norm"]) for tap in ("ffn_output", "layer_output")}
-    kurtosis = last["layer_output"]["kurtosis"]
-    switched_off = f" (fake quantization off {last['float_' + metric]:.3f})" if last["float_" + metric] != last[metric] else ""
-    return (f"{metric} {last[metric]:.3f}{switched_off}, max inf norm {norms['ffn_output']:.1f} (ffn_output) "
-            f"{norms['layer_output']:.1f} (layer_output), avg kurtosis {sum(kurtosis) / len(kurtosis):.1f}")
-
-
-class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag, so that a step ends and the run is saved first."""
-
-    def __enter__(self):
-        self.raised = False
-        self.previous = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def catch(self, *_):
-        self.raised = True
-
-    def __exit__(self, *exception):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
+        return math.exp(x)
+    except OverflowError:
+        return math.inf

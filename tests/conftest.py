@@ -2,3 +2,25 @@
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts; also for the scripts that tests run
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A file of text."""
+    path = tmp_path_factory.mktemp("data") / "corpus.txt"
+    path.write_text("the quick brown fox jumps over the lazy dog. " * 500)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def cifar(tmp_path_factory):
+    """Sixty random images in CIFAR-10's layout."""
+    folder = tmp_path_factory.mktemp("cifar")
+    records = np.random.default_rng(0).integers(0, 256, (60, 3073), dtype=np.uint8)
+    records[:, 0] %= 10
+    records[:40].tofile(folder / "data_batch_1.bin")
+    records[40:].tofile(folder / "test_batch.bin")
+    return folder

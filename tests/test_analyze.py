@@ -15,10 +15,8 @@ from minq import analysis, figures
 from minq.data import load_text
 from minq.model import from_checkpoint
 from minq.outliers import is_outlier
-from minq.training import load_checkpoint
-from test_scripts import SMALL, run
-
-VIT = [option for option in SMALL if option not in ("--seq-len", "16")] + ["--patch-size", "8"]
+from minq.runs import load_checkpoint
+from running import SMALL, SMALL_VIT, run
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +30,7 @@ def runs(tmp_path_factory):
     for name, options in {"bert": [], "gated": ["--attention", "gated"], "clipped": ["--attention", "clipped"]}.items():
         run("train_bert.py", *SMALL, "--data", text, *options, "--out", folder / name)
     run("train_opt.py", *SMALL, "--data", text, "--out", folder / "opt")
-    run("train_vit.py", *VIT, "--data", folder, "--out", folder / "vit")
+    run("train_vit.py", *SMALL_VIT, "--data", folder, "--out", folder / "vit")
     return folder
 
 

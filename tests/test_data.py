@@ -1,11 +1,14 @@
 """The byte loader: what a batch holds, that it is a pure function of (seed, step), and bad files."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 from minq.data import BACKCOPY_SYMBOLS, IGNORE, CausalText, MaskedText, bigram_backcopy, load_text
 from minq.errors import UserError
-from minq.training import micro_batches
+from minq.runs import Run
 
 
 @pytest.fixture
@@ -118,7 +121,13 @@ def test_backcopy_follows_bigrams_and_copies_after_triggers():
 @pytest.mark.parametrize("accumulate, world", [(1, 1), (4, 1), (1, 4), (2, 2)])
 def test_ranks_and_micro_batches_slice_the_global_batch(text, accumulate, world):
     tokens, labels = MaskedText(text, 16).train_batch(0, 0, 16)
-    parts = [part for rank in range(world) for part in micro_batches((tokens, labels), accumulate, rank, world)]
+    parts = []
+    for rank in range(world):
+        run = SimpleNamespace(args=SimpleNamespace(accumulate=accumulate), rank=rank, world=world, trained=nn.Identity())
+        for part in Run.slices(run, tokens, labels):
+            parts.append(part)
+            last = len(parts) % accumulate == 0
+            assert run.trained.require_backward_grad_sync == last
     assert len(parts) == accumulate * world
     rows = np.concatenate([part[0] for part in parts])
     assert sorted(map(tuple, rows)) == sorted(map(tuple, tokens))

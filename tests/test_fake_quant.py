@@ -6,12 +6,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minq import training
 from minq.attention import QKV, Tap
+from minq.fake_quant import (DynamicQuantizer, DynamicWeightQuantizer, FakeQuantLinear, fake_quantization_off,
+                             fake_quantize_training)
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
-from minq.quant import (DynamicQuantizer, DynamicWeightQuantizer, FakeQuantLinear, fake_quantization_off,
-                        fake_quantize_training)
-from test_scripts import ROOT, SMALL, assert_same_weights, corpus, run, start, train
+from running import ROOT, SMALL, SMALL_VIT, assert_same_weights, logged, run, saved, start, stopped_at, train
 
 SMALL_MODEL = dict(layers=2, width=32, heads=4, ffn=64)
 FAMILIES = {
@@ -144,13 +143,12 @@ def test_switched_off_it_is_the_float_model(family):
 # ---- the scripts ----
 
 def last_line(folder):
-    return json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    return logged(folder)[-1]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_is_measured_and_quantizes(family, corpus, tmp_path):
-    small = SMALL + ["--data", corpus] if family != "vit" else [
-        x for x in SMALL if x not in ("--seq-len", "16")] + ["--patch-size", "16"]
+    small = SMALL_VIT if family == "vit" else [*SMALL, "--data", corpus]
     out, _ = run(f"train_{family}.py", *small, "--fake-quant", "--w-bits", 3, "--a-bits", 3, "--fake-quant-granularity",
                  "tensor", "--out", tmp_path / "run")
     assert family == "vit" or "fake quantization off" in out  # an accuracy of six steps may be the same
@@ -172,11 +170,9 @@ def test_mixed_precision_and_compile(corpus, tmp_path, options):
 
 def test_interrupted_and_resumed_equals_uninterrupted(corpus, tmp_path, monkeypatch):
     train(corpus, tmp_path / "whole", "--fake-quant")
-    save = training.Run.save
-    with monkeypatch.context() as m:  # as if it had been stopped after step 3
-        m.setattr(training.Run, "save", lambda run, **c: save(run, **c) if c["step"] == 3 else None)
+    with stopped_at(3, monkeypatch):
         train(corpus, tmp_path / "stopped", "--fake-quant", "--save-every", "3")
-    checkpoint = torch.load(tmp_path / "stopped" / "checkpoint.pt", weights_only=True)
+    checkpoint = saved(tmp_path / "stopped")
     assert checkpoint["step"] == 3 and checkpoint["args"]["a_bits"] == 8
     run("train_bert.py", "--resume", "--out", tmp_path / "stopped")
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")

@@ -355,7 +355,7 @@ def numbered():
     def part(numbers):
         values = np.array(numbers, dtype=np.uint8)
         return Part(np.repeat(values, 48).reshape(-1, 4, 4, 3), values.astype(np.int64))
-    return Images(ImageSource("numbered", part(range(100)), part(range(100, 150)), 150, "0"))
+    return Images(ImageSource(part(range(100)), part(range(100, 150)), 150, "0"))
 
 
 def test_train_batches_are_pure(numbered):

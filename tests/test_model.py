@@ -51,15 +51,6 @@ def test_logits_at_positions_are_those_of_the_whole():
     torch.testing.assert_close(model(tokens, positions), model(tokens).flatten(0, 1)[positions])
 
 
-def test_padding_that_is_not_attended_to_changes_nothing():
-    model, tokens = small(), torch.randint(256, (1, 12))
-    attend = torch.arange(12)[None] < 8
-    other = tokens.clone()
-    other[:, 8:] = 256
-    torch.testing.assert_close(model(tokens, attend=attend)[:, :8], model(other, attend=attend)[:, :8])
-    assert not torch.allclose(model(tokens)[:, :8], model(other)[:, :8])
-
-
 def test_the_decoder_shares_the_token_table():
     model = small()
     assert model.head.decoder.weight is model.token_embedding.weight

@@ -7,9 +7,10 @@ import torch
 from torch.nn.utils import parametrize
 
 from minq.attention import Tap
+from minq.fake_quant import token_range
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
 from minq.quant import (A_ESTIMATORS, ActivationQuantizer, RunningRange, WeightQuantizer, affine_parameters, calibrating,
-                        fake_quantize, grid, mse_threshold, percentile_of, quantize, quantize_model, token_range)
+                        fake_quantize, grid, mse_threshold, percentile_of, quantize, quantize_model)
 
 
 def wide_sample(seed):

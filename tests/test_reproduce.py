@@ -9,8 +9,7 @@ import torch
 import bench
 from minq import tables
 from minq.experiments import EXPERIMENTS, Experiment, Row
-from test_scripts import ROOT, SMALL, corpus, run
-
+from running import ROOT, SMALL, run
 
 
 class Parsed(Exception):
@@ -20,11 +19,11 @@ class Parsed(Exception):
 @pytest.mark.parametrize("scale", ["laptop", "paper"])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_row_is_a_command_that_its_script_takes(name, scale, monkeypatch):
-    def stop(path):
+    def stop():
         raise Parsed
     for row in EXPERIMENTS[name].rows:
         script = importlib.import_module(f"train_{row.family}")
-        monkeypatch.setattr(script, "Run", stop)  # the first thing that a script makes of its flags
+        monkeypatch.setattr(script, "start_processes", stop)  # what a script does once its flags are read
         with pytest.raises(Parsed):
             script.main(EXPERIMENTS[name].settings(row, scale))
 

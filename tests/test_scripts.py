@@ -1,60 +1,12 @@
 """The scripts, run for real for a few steps, as a person would run them."""
-import contextlib
-import importlib
-import io
 import json
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from minq import training
-
-ROOT = Path(__file__).parent.parent
-SMALL = ["--layers", "2", "--width", "32", "--heads", "4", "--seq-len", "16", "--batch-size", "8", "--steps", "6",
-         "--eval-every", "3", "--eval-batches", "2", "--warmup", "2", "--device", "cpu"]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "corpus.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 500)
-    return str(path)
-
-
-def start(*command, **options):
-    return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
-
-
-def run(script, *arguments, code=0):
-    """Call a script's main() in this process, which spares the seconds that importing torch takes."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            importlib.import_module(script.removesuffix(".py")).main([str(argument) for argument in arguments])
-            returned = 0
-        except SystemExit as exit:
-            returned = exit.code
-    assert returned == code, err.getvalue()
-    return out.getvalue(), err.getvalue()
-
-
-def train(corpus, out, *more, code=0):
-    return run("train_bert.py", *SMALL, "--data", corpus, "--out", out, *more, code=code)
-
-
-def weights(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)["model"]
-
-
-def assert_same_weights(a, b):
-    a, b = weights(a), weights(b)
-    assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from running import ROOT, SMALL, SMALL_VIT, assert_same_weights, logged, run, saved, start, stopped_at, train
 
 
 ATTENTIONS = {"vanilla": [], "clipped": ["--gamma", "-0.03"], "gated": ["--gate", "mlp", "--gate-hidden", "3"]}
@@ -64,7 +16,7 @@ def test_train_three_attentions_and_print_one_table(corpus, tmp_path):
     for attention, options in ATTENTIONS.items():
         out, _ = train(corpus, tmp_path / attention, "--attention", attention, *options)
         assert "perplexity" in out and f"next: python quantize.py {tmp_path / attention}" in out
-    lines = [json.loads(line) for line in (tmp_path / "gated" / "metrics.jsonl").read_text().splitlines()]
+    lines = logged(tmp_path / "gated")
     assert [line["step"] for line in lines] == [3, 6]
     assert all(len(lines[0][tap][metric]) == 2 for tap in ("ffn_output", "layer_output") for metric in ("inf_norm", "kurtosis"))
 
@@ -76,7 +28,7 @@ def test_train_three_attentions_and_print_one_table(corpus, tmp_path):
         result = row["quantized"]["8x8"]
         assert len(result["all"]) == 3 and result["mean"] == pytest.approx(row["fp"], rel=0.05)
         assert row["metric"] == "perplexity" and row["max_inf_norm"] == row["ffn_output"]["max_inf_norm"]
-    assert rows[1]["settings"]["gamma"] == -0.03 and rows[0]["settings"]["gamma"] == 0
+    assert rows[1]["settings"]["gamma"] == -0.03 and rows[0]["settings"]["gamma"] is None
     assert rows[2]["settings"]["gate_hidden"] == 3 and rows[0]["settings"]["gate"] is None
 
 
@@ -96,7 +48,7 @@ def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path):
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["step"] < 120
+    assert saved(tmp_path / "killed")["step"] < 120
 
     run("train_bert.py", "--resume", "--out", tmp_path / "killed")
     run(*command, "--out", tmp_path / "whole")
@@ -112,7 +64,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in err
-    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    step = saved(tmp_path / "run")["step"]
     assert f"interrupted at step {step}, saved. Go on with: python train_bert.py --resume --out {tmp_path / 'run'}" in out
 
 
@@ -124,21 +76,20 @@ def test_accumulation_and_two_processes_equal_one_batch(corpus, tmp_path):
                      "--data", corpus, "--dropout", "0", "--batch-size", "4", "--accumulate", "2",
                      "--out", str(tmp_path / "two"), cwd=ROOT)
     assert torchrun.wait(timeout=300) == 0
-    one = weights(tmp_path / "one")
+    one = saved(tmp_path / "one")["model"]
     for other in ("accumulated", "two"):
-        for name, value in weights(tmp_path / other).items():
+        for name, value in saved(tmp_path / other)["model"].items():
             torch.testing.assert_close(value, one[name], rtol=1e-3, atol=2e-5)
-    losses = [json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-              for name in ("one", "accumulated", "two")]
+    losses = [logged(tmp_path / name)[-1]["loss"] for name in ("one", "accumulated", "two")]
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
 @pytest.mark.parametrize("options", [["--precision", "bf16"], ["--precision", "fp16"], ["--precision", "fp32", "--compile", "--layers", "1"]])
 def test_mixed_precision_and_compile(corpus, tmp_path, options):
     out, _ = train(corpus, tmp_path / "run", *options)
-    loss = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    loss = logged(tmp_path / "run")[-1]["loss"]
     assert 4 < loss < 6  # near ln 260 after six steps
-    scaler = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["scaler"]
+    scaler = saved(tmp_path / "run")["scaler"]
     assert bool(scaler) == ("fp16" in options)
 
 
@@ -200,8 +151,9 @@ def test_quantize_reports_bad_input_in_one_line(corpus, tmp_path):
     (["--preset", "blog"], -0.025), (["--preset", "blog", "--alpha", "2"], -2 / 16), (["--preset", "paper"], -4 / 16)])
 def test_gamma_comes_from_the_flag_or_alpha_or_the_preset(corpus, tmp_path, options, gamma):
     train(corpus, tmp_path / "run", "--attention", "clipped", "--steps", "1", "--precision", "fp32", *options)
-    checkpoint = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)
-    assert checkpoint["config"]["gamma"] == checkpoint["args"]["gamma"] == pytest.approx(gamma)
+    checkpoint = saved(tmp_path / "run")
+    assert checkpoint["config"]["gamma"] == pytest.approx(gamma)
+    assert (checkpoint["args"]["alpha"] is None) == (checkpoint["args"]["gamma"] is not None)
 
 
 def test_the_default_name_tells_the_settings(corpus, tmp_path, monkeypatch):
@@ -214,32 +166,16 @@ def test_the_default_name_tells_the_settings(corpus, tmp_path, monkeypatch):
 
 # ---- the other families ----
 
-VIT = [option for option in SMALL if option not in ("--seq-len", "16")] + ["--patch-size", "8"]
-
-
-@pytest.mark.parametrize("options, message", [
-    ([], "--gamma-per-row needs --attention clipped"),
-    (["--attention", "clipped", "--gamma", "-0.1"], "--alpha rather than --gamma")])
-def test_gamma_per_row(corpus, tmp_path, options, message):
-    command = ["train_opt.py", *SMALL, "--data", corpus, "--gamma-per-row", "--out", tmp_path / "run"]
-    _, err = run(*command, *options, code=2)
-    assert message in err and err.count("\n") == 1
-    run(*command, "--attention", "clipped", "--alpha", "2")
+def test_gamma_per_row_is_an_attention_of_causal_models(corpus, tmp_path):
+    options = [*SMALL, "--data", corpus, "--attention", "row-clipped", "--alpha", "2", "--out", tmp_path / "run"]
+    _, err = run("train_bert.py", *options, code=2)
+    assert "--attention row-clipped needs a causal model" in err and err.count("\n") == 1
+    _, err = run("train_opt.py", *options, "--gamma", "-0.1", code=2)
+    assert "--gamma -0.1 needs --attention clipped, not row-clipped" in err and err.count("\n") == 1
+    run("train_opt.py", *options)
     run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, "--json", tmp_path / "table.json")
     (row,) = json.loads((tmp_path / "table.json").read_text())
-    assert row["settings"]["gamma_per_row"] and row["settings"]["alpha"] == 2 and row["settings"]["gamma"] is None
-    assert torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["config"]["row_alpha"] == 2
-
-
-@pytest.fixture(scope="module")
-def cifar(tmp_path_factory):
-    """Sixty random images in CIFAR-10's layout."""
-    folder = tmp_path_factory.mktemp("cifar")
-    records = np.random.default_rng(0).integers(0, 256, (60, 3073), dtype=np.uint8)
-    records[:, 0] %= 10
-    records[:40].tofile(folder / "data_batch_1.bin")
-    records[40:].tofile(folder / "test_batch.bin")
-    return folder
+    assert row["attention"] == "row-clipped" and row["settings"]["alpha"] == 2 and row["settings"]["gamma"] is None
 
 
 def test_opt_trains_samples_and_resumes(corpus, tmp_path):
@@ -258,52 +194,39 @@ def test_opt_trains_samples_and_resumes(corpus, tmp_path):
                                      ["--precision", "fp16", "--patch-layernorm", "--clip", "1"],
                                      ["--attention", "gated", "--accumulate", "2", "--epochs", "2", "--warmup", "1"]])
 def test_vit_trains_with_its_whole_recipe(cifar, tmp_path, options):
-    small = [option for option in VIT if "--epochs" not in options or option not in ("--steps", "6")]
+    small = [option for option in SMALL_VIT if "--epochs" not in options or option not in ("--steps", "6")]
     out, _ = run("train_vit.py", *small, "--data", cifar, *options, "--out", tmp_path / "run")
     assert "accuracy" in out
-    step = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["step"]
+    step = saved(tmp_path / "run")["step"]
     assert step == (2 * (40 // 16) if "--epochs" in options else 6)
 
 
-def test_vit_killed_and_resumed_equals_uninterrupted(cifar, tmp_path):
+def test_vit_killed_and_resumed_equals_uninterrupted(cifar, tmp_path, monkeypatch):
     """Augmentation, too, is a function of (seed, step)."""
-    command = ["train_vit.py", *VIT, "--data", cifar, "--rand-augment", "2", "--mixup", "0.8", "--cutmix", "1", "--dropout", "0.1"]
+    command = ["train_vit.py", *SMALL_VIT, "--data", cifar, "--rand-augment", "2", "--mixup", "0.8", "--cutmix", "1", "--dropout", "0.1"]
     run(*command, "--out", tmp_path / "whole")
-    run(*command, "--out", tmp_path / "stopped", "--save-every", "4")
-    checkpoint = tmp_path / "stopped" / "checkpoint.pt"
-    keep = {}
-    original = training.Run.save
-
-    def stop_at_4(self, **state):
-        original(self, **state)
-        if state["step"] == 4:
-            keep["bytes"] = checkpoint.read_bytes()
-
-    training.Run.save = stop_at_4
-    try:
-        run(*command, "--out", tmp_path / "stopped", "--save-every", "4", "--overwrite")
-    finally:
-        training.Run.save = original
-    checkpoint.write_bytes(keep["bytes"])
+    with stopped_at(4, monkeypatch):
+        run(*command, "--out", tmp_path / "stopped", "--save-every", "4")
+    assert saved(tmp_path / "stopped")["step"] == 4
     run("train_vit.py", "--resume", "--out", tmp_path / "stopped")
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("family", ["bert", "opt", "vit"])
 def test_every_attention_flag_reaches_the_model(corpus, cifar, tmp_path, family):
-    small = [*VIT, "--data", cifar] if family == "vit" else [*SMALL, "--data", corpus]
+    small = [*SMALL_VIT, "--data", cifar] if family == "vit" else [*SMALL, "--data", corpus]
     for attention, settings in (("clipped", {"gamma": -0.02, "zeta": 1.01}),
                                 ("gated", {"gate": "mlp", "gate_hidden": 3, "gate_init": 0.25})):
         options = [word for name, value in settings.items() for word in (f"--{name.replace('_', '-')}", value)]
         run(f"train_{family}.py", *small, "--steps", 1, "--attention", attention, *options, "--out", tmp_path / attention)
-        config = torch.load(tmp_path / attention / "checkpoint.pt", weights_only=True)["config"]
+        config = saved(tmp_path / attention)["config"]
         assert {name: config[name] for name in settings} == settings and config["attention"] == attention
 
 
 def test_three_families_in_one_table(corpus, cifar, tmp_path):
     train(corpus, tmp_path / "bert")
     run("train_opt.py", *SMALL, "--data", corpus, "--out", tmp_path / "opt")
-    run("train_vit.py", *VIT, "--data", cifar, "--out", tmp_path / "vit")
+    run("train_vit.py", *SMALL_VIT, "--data", cifar, "--out", tmp_path / "vit")
     out, _ = run("quantize.py", *(tmp_path / family for family in ("bert", "opt", "vit")), "--batches", 1, "--seeds", 2,
                  "--json", tmp_path / "table.json")
     assert out.count("ppl ↓") == 2 and out.count("acc % ↑") == 1
@@ -319,5 +242,5 @@ def test_three_families_in_one_table(corpus, cifar, tmp_path):
     (["--crop-scale", "2"], "--crop-scale: 2: expected at least 0 and at most 1"),
     (["--data", "/nowhere/at/all"], "--data /nowhere/at/all: no such folder")])
 def test_bad_flags_of_vit(cifar, tmp_path, options, message):
-    _, err = run("train_vit.py", *VIT, "--data", cifar, *options, "--out", tmp_path / "run", code=2)
+    _, err = run("train_vit.py", *SMALL_VIT, "--data", cifar, *options, "--out", tmp_path / "run", code=2)
     assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 
 from minq import attention
-from test_scripts import SMALL, run
+from running import SMALL, SMALL_VIT, run
 
 
 class SoftmaxPlusOne(nn.Module):
@@ -34,7 +34,7 @@ def test_it_trains_quantizes_and_is_measured(family, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
     data = [] if family == "vit" else ["--data", text]
-    small = SMALL if family != "vit" else [x for x in SMALL if x not in ("--seq-len", "16")] + ["--patch-size", "16"]
+    small = SMALL_VIT if family == "vit" else SMALL
     run(f"train_{family}.py", *small, *data, "--attention", "plus-one", "--out", tmp_path / "run")
     run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, "--json", tmp_path / "table.json")
     (row,) = json.loads((tmp_path / "table.json").read_text())
