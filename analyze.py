@@ -8,7 +8,6 @@
 import json
 import shlex
 import sys
-from itertools import starmap
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +24,7 @@ from minq.runs import open_run
 from minq.training import pick_device, to_device
 
 BITS = 8      # of the grid that --compare draws
+BATCHES = 16  # validation batches, unless told
 EXAMPLES = 2  # validation samples on which a head is shown
 
 
@@ -38,7 +38,7 @@ def main(argv=None):
     parser.add_argument("--gates", action="store_true", help="also show that layer's gates, token by token")
     parser.add_argument("--curves", action="store_true", help="loss, norms and kurtosis of all RUNs against steps")
     parser.add_argument("--compare", action="store_true", help="one activation of two RUNs, and the 8-bit grid over it")
-    parser.add_argument("--batches", type=flags.positive, help="validation batches, of the run's own size; by default 16")
+    parser.add_argument("--batches", type=flags.positive, help=f"validation batches, of the run's own size; by default {BATCHES}")
     parser.add_argument("--data", help="where the runs' data is now")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
     parser.add_argument("--out", help="folder for the pictures; by default figures/ in the (first) run")
@@ -72,13 +72,6 @@ def check_mode(args):
     return mode
 
 
-def open_batches(name, args, device):
-    """(checkpoint, model, data, a function that gives the validation batches) of a run."""
-    checkpoint, model, data = open_run(name, device, args.data)
-    size, batches = checkpoint["args"]["batch_size"], args.batches or 16
-    return checkpoint, model, data, lambda: starmap(data.to_model, data.validation_batches(size, batches))
-
-
 # ---- one run ----
 
 @torch.no_grad()
@@ -86,8 +79,8 @@ def analyze(args, report):
     # ---- the run, and all that could be wrong with it ----
     (name,) = args.runs
     device = pick_device(args.device)
-    checkpoint, model, data, batches = open_batches(name, args, device)
-    config, family = model.config, checkpoint["family"]
+    run = open_run(name, device, args.data)
+    model, config, family = run.model, run.model.config, run.model.family
     for flag, chosen, most in (("layer", args.layer, config.layers), ("head", args.head, config.heads)):
         if chosen and chosen > most:
             raise UserError(f"--{flag} {chosen}: {name} has {flag}s 1 to {most}")
@@ -97,23 +90,23 @@ def analyze(args, report):
     # ---- measure ----
     tap = model.norm_tap
     is_text = family != "vit"
-    found = survey(model, batches(), device, tap, config.vocab_size if is_text else None)
+    found = survey(model, run.validation(args.batches or BATCHES), device, tap, config.vocab_size if is_text else None)
     worst_layer, dimension = worst_dimension(found["outliers"][tap])
     layer = args.layer - 1 if args.layer else min(worst_layer + 1, config.layers - 1)  # outliers act in the next layer
     owner = dimension // (config.width // config.heads)
     head = args.head - 1 if args.head else owner
 
     # ---- where outliers sit ----
-    report.say(f"{name}: {family}, {config.attention} attention, step {checkpoint['step']}, measured on "
+    report.say(f"{name}: {family}, {config.attention} attention, step {run.checkpoint['step']}, measured on "
                f"{found['samples']} validation samples of {config.seq_len} tokens.\n"
                "Layers and heads count from 1, positions and dimensions from 0.")
-    settings = checkpoint["args"] | flags.attention_settings(config)
+    settings = run.checkpoint["args"] | flags.attention_settings(config)
     report.say("Trained with " + ", ".join(f"{key} {value}" for key, value in settings.items()
                                            if value is not None and value is not False) + ".")
     report_outliers(report, name, found, config)
     if is_text:
-        names = token_names(data.text)
-        report_tokens(report, name, found, names, tap, data.text.is_bytes)
+        names = token_names(run.data.text)
+        report_tokens(report, name, found, names, tap, run.data.text.is_bytes)
     else:
         side = config.image_size // config.patch_size
         names = ["[CLS]", *(f"{i // side},{i % side}" for i in range(side ** 2))]
@@ -123,7 +116,7 @@ def analyze(args, report):
 
     # ---- what heads do ----
     report_heads(report, name, found, names, config)
-    inputs, _ = to_device(next(batches()), device)
+    inputs, _ = to_device(next(run.validation()), device)
     inputs = [inputs[0][:EXAMPLES]]  # without the positions that BERT predicts: they count through the whole batch
     with record(model, ("probs", "values", "context", "gate", tap)) as kept:
         model(*inputs)
@@ -260,20 +253,21 @@ def curves(args, report):
 def compare(args, report):
     """One activation of two runs, on the first validation batch, and the grid from its smallest to largest value."""
     device = pick_device(args.device)
-    opened = {name: open_batches(name, args, device) for name in args.runs}
-    families = [checkpoint["family"] for checkpoint, *_ in opened.values()]
+    opened = [open_run(name, device, args.data) for name in args.runs]
+    families = [run.model.family for run in opened]
     if families[0] != families[1]:
         raise UserError(f"--compare {' '.join(args.runs)}: runs of {' and '.join(families)}; expected one family")
-    layers = min(model.config.layers for _, model, *_ in opened.values())
+    layers = min(run.model.config.layers for run in opened)
     if args.layer and args.layer > layers:
         raise UserError(f"--layer {args.layer}: these runs have layers 1 to {layers}")
 
     # ---- measure ----
-    tap = opened[args.runs[0]][1].norm_tap
+    tap = opened[0].model.norm_tap
     norms, first = {}, {}  # per run: the metrics of every layer; the activations of the first batch
-    for name, (_, model, _, batches) in opened.items():
+    for run in opened:
+        name, model = run.name, run.model
         with watch(model, (tap,)) as outliers, record(model, (tap,)) as kept:
-            for batch in batches():
+            for batch in run.validation(args.batches or BATCHES):
                 model(*to_device(batch, device)[0])
                 first.setdefault(name, list(kept[tap]))
         norms[name] = outliers.mean[tap]

@@ -87,12 +87,12 @@ def main(argv=None):
 @torch.no_grad()
 def sample(folder, length, seed, device):
     """`length` tokens drawn from a run's model one by one, as text where they are bytes, else as ids."""
-    _, model, data = open_run(folder, device, family="opt")
-    text = data.text
+    run = open_run(folder, device, family="opt")
+    model, text = run.model, run.data.text
     torch.manual_seed(seed)
     tokens = [text.cls]
     while len(tokens) <= length:
-        logits = model(torch.tensor([tokens[-data.seq_len:]], device=device))[0, -1]
+        logits = model(torch.tensor([tokens[-run.data.seq_len:]], device=device))[0, -1]
         logits[[text.pad, text.cls, text.sep, text.mask]] = -torch.inf
         tokens.append(torch.multinomial(logits.softmax(-1), 1).item())
     return bytes(tokens[1:]).decode(errors="replace") if text.is_bytes else " ".join(map(str, tokens[1:]))

@@ -66,9 +66,6 @@ class RowClippedSoftmax(nn.Module):
         entries = torch.arange(1, scores.shape[-2] + 1, device=scores.device)[:, None]  # (T, 1)
         return clipped_softmax(scores, -self.alpha / entries, self.zeta)
 
-    def extra_repr(self):
-        return f"alpha={self.alpha:g}, zeta={self.zeta:g}"
-
 
 # ---- gates (eq. 6-7, Table 3): x (B, T, width) -> pi (B, H, T), the share of its output a head keeps ----
 
@@ -201,7 +198,9 @@ class SelfAttention(nn.Module):
     def can_fuse(self, q):
         """PyTorch's fused kernel never forms scores and probabilities, so it serves a plain softmax while
         nothing quantizes or watches what lies inside it. On CPUs it is the slower one in low precision."""
-        inside = [m for name, m in self.named_children() if name.endswith("_tap") and name not in OUTSIDE]
-        untouched = all(type(tap) is Tap and not tap._forward_hooks for tap in inside)
+        for name, tap in self.named_children():
+            inside = name.endswith("_tap") and name not in OUTSIDE
+            if inside and (type(tap) is not Tap or tap._forward_hooks):
+                return False
         fast = q.device.type != "cpu" or q.dtype == torch.float32
-        return isinstance(self.softmax, nn.Softmax) and untouched and fast
+        return isinstance(self.softmax, nn.Softmax) and fast

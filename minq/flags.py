@@ -23,7 +23,7 @@ class Parser(argparse.ArgumentParser):
 
 class Help(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        return action.help + ("" if action.default in (None, False) else " (default %(default)s)")
+        return action.help + ("" if action.default in (None, False, argparse.SUPPRESS) else " (default %(default)s)")
 
 
 def number(kind, low=None, high=None, above=None, below=None):

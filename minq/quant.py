@@ -175,7 +175,8 @@ class ActivationQuantizer(nn.Module):
 
 # ---- the walk ----
 
-def quantize_model(model, w_bits=8, a_bits=8, w_estimator="minmax", a_estimator="running", w_granularity="tensor"):
+def quantize_model(model, w_bits=8, a_bits=8,
+                   w_estimator="minmax", a_estimator="running", w_granularity="tensor"):
     """Quantize all weights and taps of `model` in place and return it, ready for `calibrating`.
 
     Stays in floating point: what the model lists in `float_modules` (the final layer of BERT and
@@ -214,7 +215,7 @@ def calibrating(model):
             quantizer.estimating = False
     for name, quantizer in taps.items():
         if quantizer.range.low is None:
-            raise UserError(f"{name}: nothing passed it, so it has no range; a tap that is never called must be None")
-        if not quantizer.scale.isfinite():
-            raise UserError(f"{name}: its calibrated scale is {quantizer.scale.item()}; "
-                            f"the values range from {quantizer.range.low.item()} to {quantizer.range.high.item()}")
+            raise UserError(f"{name}: nothing passed it; a tap that is never called must be None")
+        scale, low, high = (x.item() for x in (quantizer.scale, quantizer.range.low, quantizer.range.high))
+        if not math.isfinite(scale):
+            raise UserError(f"{name}: its calibrated scale is {scale}; the values range from {low} to {high}")

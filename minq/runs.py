@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import starmap
 from pathlib import Path
 
@@ -21,9 +21,10 @@ from minq.errors import UserError
 from minq.fake_quant import fake_quantization_off, fake_quantize_training
 from minq.model import from_checkpoint
 from minq.outliers import watch
-from minq.training import evaluate, seed_step
+from minq.training import evaluate, seed_step, to_device
 
 PATIENCE = 20  # steps in a row whose loss is not finite, before a run is given up
+CALIBRATION_SEED = 1_000_000  # plus 0, 1, 2: other batches than training's own, whose seeds are small
 LOOK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 
 
@@ -118,7 +119,7 @@ class Run:
         """Write a line of metrics.jsonl."""
         model, args = self.model, self.args
         batches = lambda: starmap(self.data.to_model, self.data.validation_batches(args.batch_size, args.eval_batches))
-        taps = dict.fromkeys(("layer_input", "ffn_output", "layer_output", *model.kurtosis_taps))
+        taps = ("layer_input", "ffn_output", "layer_output", *model.kurtosis_taps)
         with watch(model, taps) as outliers:
             scores = floating = evaluate(model, batches(), self.device)
         if args.fake_quant:
@@ -246,15 +247,38 @@ def require_same_data(source, sha256, checkpoint):
         raise UserError(f"--data {source}: has changed since this run was trained on it (its SHA-256 is another)")
 
 
+@dataclass
+class OpenedRun:
+    """A run to look at: its model in evaluation mode, and the data that it was trained on."""
+    name: str
+    checkpoint: dict
+    model: torch.nn.Module
+    data: object
+    device: torch.device
+
+    def validation(self, batches=None):
+        """Batches (inputs, targets) of the validation split, as many as in training unless told."""
+        args = self.checkpoint["args"]
+        arrays = self.data.validation_batches(args["batch_size"], batches or args["eval_batches"])
+        return starmap(self.data.to_model, arrays)
+
+    def calibration(self, seed, batches):
+        """The inputs of batches of the training split, on the device; in another order than training's."""
+        for i in range(batches):
+            arrays = self.data.train_batch(CALIBRATION_SEED + seed, i, self.checkpoint["args"]["batch_size"])
+            inputs, _ = to_device(self.data.to_model(*arrays), self.device)
+            yield inputs
+
+
 def open_run(folder, device, data_source=None, family=None):
-    """(checkpoint, model in evaluation mode, data) of a run, which must be of `family`, if one is named.
+    """An OpenedRun. Raises UserError if it cannot be read, or is not of `family`, where one is named.
 
     `data_source`: where its data is now (`--data`). Without it the data must be what the run was
-    trained on; UserError if it has changed, or if the run cannot be read.
+    trained on; UserError if it has changed.
     """
     checkpoint = load_checkpoint(folder, family)
     model = from_checkpoint(checkpoint, folder).to(device).eval()
     data = open_data(checkpoint["args"] | ({"data": data_source} if data_source else {}))
     if not data_source:
         require_same_data(checkpoint["args"]["data"], data.sha256, checkpoint)
-    return checkpoint, model, data
+    return OpenedRun(str(folder), checkpoint, model, data, device)

@@ -27,6 +27,20 @@ def with_std(result, digits=4):
             + ("" if calibrations is None else f" ({calibrations:.2g})"))
 
 
+# ---- the table of quantize.py ----
+
+def runs_table(rows):
+    """The paper's columns in Markdown, a row per run."""
+    widths = [f"W{key.replace('x', 'A')}" for key in rows[0]["quantized"]]
+    lines = ["| run | metric | FP32 | max inf norm | avg kurtosis (not excess) | " + " | ".join(widths) + " |",
+             "|---|---|" + "---:|" * (3 + len(widths))]
+    for row in rows:
+        cells = [row["run"], {"perplexity": "ppl ↓", "accuracy": "acc % ↑"}[row["metric"]], f"{row['fp']:.4g}",
+                 f"{row['max_inf_norm']:.3g}", f"{row['avg_kurtosis']:.3g}", *map(with_std, row["quantized"].values())]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 # ---- columns: what a table shows of a row of results ----
 
 def quantized_columns(row):

@@ -2,7 +2,6 @@
 import json
 import re
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,11 @@ import pytest
 import torch
 
 import minq
-from analyze import open_batches
 from minq import analysis, figures
 from minq.data import load_text
 from minq.model import from_checkpoint
 from minq.outliers import is_outlier
-from minq.runs import load_checkpoint
+from minq.runs import load_checkpoint, open_run
 from running import SMALL, SMALL_VIT, run
 
 
@@ -123,7 +121,7 @@ def test_the_worst_dimension():
 
 
 def test_groups_of_tokens_and_their_shares(runs):
-    names = analysis.token_names(load_text(runs / "text.txt"), is_bytes=True)
+    names = analysis.token_names(load_text(runs / "text.txt"))
     groups = analysis.token_groups(names, is_bytes=True)
     for byte, group in {" ": "space", "\n": "newline", "\t": "other byte", ".": "punctuation", "[": "punctuation",
                         "a": "letter", "Z": "letter", "7": "digit", "\xe9": "other byte"}.items():
@@ -291,9 +289,9 @@ def test_compare(runs, tmp_path):
                  "--out", tmp_path)
     assert pictures(tmp_path) == {"grids", "magnitudes"} and "ffn_output of layer 2" in out
     model = from_checkpoint(load_checkpoint(runs / "clipped"), "").eval()
-    *_, batches = open_batches(runs / "clipped", Namespace(data=None, batches=1), "cpu")
+    batches = open_run(runs / "clipped", torch.device("cpu")).validation(1)
     with analysis.record(model, ("ffn_output",)) as kept, torch.no_grad():
-        model(*next(batches())[0])
+        model(*next(batches)[0])
     x = kept["ffn_output"][1].numpy()
     step = (x.max() - x.min()) / 255
     low, high = np.percentile(x, (0.5, 99.5))

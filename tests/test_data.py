@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn as nn
 
-from minq.data import BACKCOPY_SYMBOLS, IGNORE, CausalText, MaskedText, bigram_backcopy, load_text
+from minq.data import (BACKCOPY_SYMBOLS, BYTES, IGNORE, TEXTS, CausalText, MaskedText, bigram_backcopy, load_text,
+                       open_data)
 from minq.errors import UserError
+from minq.images import Images
 from minq.runs import Run
 
 
@@ -167,3 +169,19 @@ def test_a_text_shorter_than_a_sequence_is_refused(tmp_path):
         MaskedText(load_text(path), 64)
     with pytest.raises(UserError, match="--seq-len 2"):
         MaskedText(load_text(path), 2)
+
+
+def test_a_runs_data_is_told_by_its_arguments_not_by_a_familys_name(corpus):
+    args = {"data": corpus, "vocab_size": None, "special_ids": None, "seq_len": 16}
+    assert type(open_data(args)) is CausalText
+    assert type(open_data(args | {"mask_prob": 0.15})) is MaskedText
+    assert type(open_data({"data": "shapes", "image_size": None})) is Images
+
+
+def test_a_text_with_a_name_is_one_entry(monkeypatch):
+    letters = np.frombuffer(b"()" * 500, dtype=np.uint8)
+    monkeypatch.setitem(TEXTS, "parens", lambda: (letters, BYTES))
+    monkeypatch.setitem(TEXTS, "digits", lambda: (letters - ord("("), 2))
+    parens, digits = load_text("parens"), load_text("digits")
+    assert parens.is_bytes and parens.vocab_size == 260 and parens.tokens[:2].tobytes() == b"()"
+    assert not digits.is_bytes and digits.vocab_size == 6 and (digits.pad, digits.mask) == (2, 5)

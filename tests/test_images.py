@@ -65,7 +65,7 @@ def test_cifar10_layout(tmp_path):
     assert (pixels[2] == (20, 20, 30)).all() and (pixels[3] == (1, 2, 3)).all()  # red, green, blue last
     pixels, labels = everything(source.validation)
     assert labels.tolist() == [9] and (pixels[0] == (200, 100, 50)).all()
-    assert source.classes == 10 and source.name == str(tmp_path)
+    assert source.classes == 10
 
 
 def test_cifar10_rows_and_columns(tmp_path):
@@ -225,7 +225,7 @@ def test_download_is_cached(tmp_path, server):
     folder = make_cifar(tmp_path / "cifar-10-batches-bin")
     archive = server(lambda tar: tar.add(folder, folder.name))
     first = load_images("cifar10")
-    assert first.name == "cifar10" and first.sha256 == load_images(folder).sha256
+    assert first.sha256 == load_images(folder).sha256
     assert left_in_cache(tmp_path) == ["cifar-10-batches-bin"]
     archive.unlink()
     assert load_images("cifar10").sha256 == first.sha256  # without the net
@@ -275,7 +275,7 @@ def shapes():
 
 
 def test_shapes_source(shapes):
-    assert (shapes.name, shapes.classes) == ("shapes", 10)
+    assert shapes.classes == 10
     assert shapes.train.images.shape == (20_000, 32, 32, 3) and shapes.train.images.dtype == np.uint8
     for part, each in ((shapes.train, 2000), (shapes.validation, 200)):
         assert np.bincount(part.labels).tolist() == [each] * 10

@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-from minq.model import Bert, BertConfig
+from minq.attention import Tap
+from minq.model import FAMILIES, Bert, BertConfig
 from minq.outliers import inf_norm, is_outlier, kurtosis, outlier_counts, watch
 
 torch.manual_seed(0)
@@ -73,3 +74,32 @@ def test_watch_takes_any_tap_and_measure_and_leaves_no_hook(model):
     with pytest.raises(KeyError, match="no tap named nonsense"):
         with watch(model, taps=("nonsense",)):
             pass
+
+
+def test_a_tap_that_nothing_passes_is_an_error(model):
+    model.layers[1].attention.masked_scores_tap = Tap()  # a student's, not called yet
+    with pytest.raises(KeyError, match="nothing has passed the model's tap masked_scores in place 0"):
+        with watch(model, ("masked_scores",)):
+            model(torch.randint(256, (2, 12)))
+
+
+POOLS = {  # the tensors whose kurtosis the authors' code averages
+    "bert": [f"layers.{i}.{tap}" for i in range(2) for tap in ("ffn_output_tap", "layer_output_tap")],
+    "vit": [f"layers.{i}.{tap}" for i in range(2) for tap in ("ffn_output_tap", "layer_output_tap")],
+    "opt": ["final_norm_tap"] + [f"layers.{i}.{tap}" for i in range(2) for tap in (
+        "layer_output_tap", "ffn_output_tap", "attention.attention_output_tap", "norm1_tap", "norm2_tap")]}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_papers_kurtosis_is_a_mean_over_the_authors_tensors(family):
+    torch.manual_seed(0)
+    build = FAMILIES[family]
+    model = build(build.config_class(layers=2, width=32, heads=4)).eval()
+    inputs = torch.rand(3, 3, 32, 32) if family == "vit" else torch.randint(256, (3, 12))
+    seen = []
+    for name in POOLS[family]:
+        model.get_submodule(name).register_forward_hook(lambda m, a, x: seen.append(kurtosis(x).mean().item()))
+    with watch(model, model.kurtosis_taps) as outliers, torch.no_grad():
+        model(inputs)
+    assert len(seen) == len(POOLS[family])
+    assert outliers.avg_kurtosis(*model.kurtosis_taps) == pytest.approx(np.mean(seen), rel=1e-5)

@@ -7,6 +7,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from minq.attention import Tap
+from minq.errors import UserError
 from minq.fake_quant import token_range
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
 from minq.quant import (A_ESTIMATORS, ActivationQuantizer, RunningRange, WeightQuantizer, affine_parameters, calibrating,
@@ -277,3 +278,42 @@ def test_an_outlier_ruins_a_tensors_grid():
     x = torch.randn(10_000)
     error = lambda x: (fake_quantize(x, *affine_parameters(x.min(), x.max(), 8), 8) - x)[:-1].square().mean().item()
     assert error(torch.cat((x, torch.tensor([700.0])))) > 1000 * error(torch.cat((x, torch.tensor([0.0]))))
+
+
+@pytest.mark.parametrize("estimator", ["minmax", "mse"])
+@pytest.mark.parametrize("n_bits", [4, 8])
+def test_a_weight_without_a_negative_value_has_the_unsigned_grid(n_bits, estimator):
+    """The authors' rule: 0 .. 2^b - 1 with max w / (2^b - 1), twice as fine as the symmetric grid."""
+    torch.manual_seed(0)
+    gamma = 1 + 0.3 * torch.rand(300)
+    quantizer = WeightQuantizer(gamma, n_bits, estimator)
+    expected = torch.fake_quantize_per_tensor_affine(gamma, quantizer.scale.item(), 0, 0, 2 ** n_bits - 1)
+    assert torch.equal(quantizer(gamma), expected)
+    if estimator == "minmax":
+        assert quantizer.scale.item() == pytest.approx(gamma.max().item() / (2 ** n_bits - 1))
+    signed = WeightQuantizer(torch.cat((gamma, torch.tensor([-1e-3]))), n_bits, estimator)
+    assert signed.symmetric and signed.scale > 1.8 * quantizer.scale
+
+
+def test_a_tap_whose_range_is_not_finite_is_named():
+    class Masked(torch.nn.Module):
+        float_modules = ()
+
+        def __init__(self):
+            super().__init__()
+            self.linear, self.first_tap, self.masked_tap, self.idle_tap = torch.nn.Linear(3, 3), Tap(), Tap(), None
+
+        def forward(self, x):
+            return self.masked_tap(self.first_tap(self.linear(x)).masked_fill(x > 0, -torch.inf))
+
+    model = quantize_model(Masked())
+    with pytest.raises(UserError, match="masked_tap: its calibrated scale is inf; the values range from -inf to"):
+        with calibrating(model):
+            model(torch.tensor([[1.0, -1.0, 0.5]]))
+    model = quantize_model(Masked())
+    with calibrating(model):  # a finite range is fine
+        model(-torch.ones(1, 3))
+    model = quantize_model(Masked())
+    with pytest.raises(UserError, match="first_tap: nothing passed it"):
+        with calibrating(model):
+            pass

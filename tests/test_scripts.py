@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from running import ROOT, SMALL, SMALL_VIT, assert_same_weights, logged, run, saved, start, stopped_at, train
 
@@ -244,3 +245,23 @@ def test_three_families_in_one_table(corpus, cifar, tmp_path):
 def test_bad_flags_of_vit(cifar, tmp_path, options, message):
     _, err = run("train_vit.py", *SMALL_VIT, "--data", cifar, *options, "--out", tmp_path / "run", code=2)
     assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("family, shown", [("bert", {"--lr": "0.0015", "--gate-hidden": "4", "--attention": "vanilla", "--alpha": "1.0"}),
+                                           ("opt", {"--lr": "0.002", "--gate-init": "0.5", "--weight-decay": "0.1"}),
+                                           ("vit", {"--patch-size": "8", "--zeta": "1.0", "--crop-scale": "0.6"})])
+def test_help_shows_the_values_of_the_default_preset(family, shown, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    out, _ = run(f"train_{family}.py", "--help")
+    for flag, value in shown.items():
+        (line,) = [line for line in " ".join(out.split()).split(" --") if line.startswith(flag[2:] + " ") and "default" in line]
+        assert f"(default {value})" in line
+
+
+def test_quantize_names_the_tap_that_has_no_finite_range(corpus, tmp_path):
+    run("train_opt.py", *SMALL, "--data", corpus, "--out", tmp_path / "run")
+    checkpoint = saved(tmp_path / "run")
+    checkpoint["model"]["layers.1.ffn_down.bias"][3] = torch.inf
+    torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
+    _, err = run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, code=2)
+    assert f"{tmp_path / 'run'}: layers.1.ffn_output_tap: its calibrated scale is" in err.splitlines()[-1] and "Traceback" not in err

@@ -3,11 +3,14 @@ import math
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.nn.utils import parametrize
 
 from minq.errors import UserError
 from minq.model import Bert, BertConfig
-from minq.training import (autocast, cosine_schedule, evaluate, linear_schedule, parameter_groups, pick_device,
+from minq.quant import quantize_model
+from minq.training import (autocast, cosine_schedule, evaluate, exp, linear_schedule, parameter_groups, pick_device,
                            seed_step)
 
 
@@ -67,3 +70,39 @@ def test_an_unknown_device_is_named():
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="no CUDA device"):
             pick_device("cuda")
+
+
+def test_a_loss_that_is_not_a_number_stays_one():
+    """A NaN is no infinite perplexity, which is what the lab looks for."""
+    broken, tokens = small(), torch.randint(256, (2, 12))
+    broken.token_embedding.weight.data[0, 0] = torch.nan
+    scores = evaluate(broken.eval(), [((tokens.clamp(max=0),), tokens)], torch.device("cpu"))
+    assert math.isnan(scores["loss"]) and math.isnan(scores["perplexity"])
+    assert exp(1000.0) == math.inf and exp(2.0) == math.exp(2.0)
+
+
+class RMSNorm(nn.Module):
+    """A student's norm in place of LayerNorm: a gain, no bias."""
+
+    def __init__(self, width, eps=1e-6):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):
+        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+
+
+@pytest.mark.parametrize("decay_layernorm", [False, True])
+def test_any_norms_gain_is_treated_as_layernorms(decay_layernorm, monkeypatch):
+    monkeypatch.setattr(nn, "LayerNorm", RMSNorm)
+    model = small(attention="gated", gate="mlp")
+    decayed, undecayed = parameter_groups(model, 0.1, decay_layernorm)
+    ids = {id(p) for p in decayed["params"]}
+    gains = [m.weight for m in model.modules() if isinstance(m, RMSNorm)]
+    assert len(gains) == 2 * 2 + 2 and all((id(gain) in ids) == decay_layernorm for gain in gains)
+    gate = model.layers[0].attention.gate
+    assert id(gate.weight1) in ids and id(gate.bias1) not in ids and id(gate.bias2) not in ids
+    assert id(model.layers[0].ffn_up.weight) in ids and id(model.layers[0].ffn_up.bias) not in ids
+    quantized = quantize_model(model)
+    norms = [m for m in quantized.modules() if isinstance(m, RMSNorm)]
+    assert [parametrize.is_parametrized(m, "weight") for m in norms] == [True] * 5 + [False]  # the last is the head's

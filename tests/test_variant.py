@@ -1,12 +1,14 @@
 """The classroom test: a student's own softmax, named in one place, works everywhere."""
+import inspect
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn as nn
 
 from minq import attention
-from running import SMALL, SMALL_VIT, run
+from running import ROOT, SMALL, SMALL_VIT, run, saved, start
 
 
 class SoftmaxPlusOne(nn.Module):
@@ -40,3 +42,63 @@ def test_it_trains_quantizes_and_is_measured(family, tmp_path):
     (row,) = json.loads((tmp_path / "table.json").read_text())
     assert row["attention"] == "plus-one" and row["family"] == family
     assert row["quantized"]["8x8"]["mean"] == pytest.approx(row["fp"], rel=0.2) and row["avg_kurtosis"] > 1
+
+
+def test_a_flag_that_it_does_not_read_is_refused(corpus, tmp_path):
+    _, err = run("train_bert.py", *SMALL, "--data", corpus, "--attention", "plus-one", "--gamma", "-0.03", "--out", tmp_path / "run", code=2)
+    assert "--gamma -0.03 needs --attention clipped, not plus-one" in err and not (tmp_path / "run").exists()
+
+
+class SoftmaxPlus(nn.Module):
+    """The same with a number of its own: exp(x_i) / (n + sum_j exp(x_j))."""
+
+    def __init__(self, n):
+        super().__init__()
+        self.n = n
+
+    def forward(self, scores):
+        top = scores.amax(dim=-1, keepdim=True).clamp(min=0)
+        e = (scores - top).exp()
+        return e / (self.n * (-top).exp() + e.sum(dim=-1, keepdim=True))
+
+
+def with_a_parameter(folder, forget=None):
+    """A copy of the project in which a student has added --attention plus --sink N, in three places; or forgot one."""
+    for name in ("minq", "train_bert.py", "train_opt.py", "train_vit.py", "quantize.py"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    edits = {
+        "attention": ("\n# ---- multi-head self-attention", "\n" + inspect.getsource(SoftmaxPlus) + "\n\n"
+                      "ATTENTIONS['plus'] = lambda c: (SoftmaxPlus(c.sink), None)\n"),
+        "model": ("    gate: str = \"linear\"", "    sink: float = 1.0\n"),
+        "flags": ("    add(\"--gate\",", "    add(\"--sink\", \"n of the softmax plus n\", type=number(float, low=0))\n"),
+        "read": ("READ_BY = {", None)}
+    for name, (place, new) in edits.items():
+        if name == forget:
+            continue
+        path = folder / "minq" / f"{'flags' if name == 'read' else name}.py"
+        text = path.read_text()
+        assert text.count(place) == 1
+        path.write_text(text.replace(place, new + place if new else place + '"sink": ("plus",), '))
+
+
+@pytest.mark.parametrize("forget, message", [
+    (None, None), ("model", "type object 'Config' has no attribute 'sink'"), ("flags", "unrecognized arguments: --sink 2"),
+    ("read", "KeyError: 'sink'")])
+def test_a_parameter_of_its_own_is_three_files_and_none_is_forgotten_silently(forget, message, corpus, tmp_path):
+    with_a_parameter(tmp_path, forget)
+    for family in ("bert", "opt", "vit") if forget is None else ("opt",):
+        small = SMALL_VIT if family == "vit" else [*SMALL, "--data", corpus]
+        process = start(f"train_{family}.py", *small, "--steps", "1", "--attention", "plus", "--sink", "2", "--out", f"runs/{family}",
+                        cwd=tmp_path)
+        _, err = process.communicate(timeout=120)
+        assert (process.returncode == 0) == (forget is None), err
+        if forget is None:
+            assert saved(tmp_path / "runs" / family)["config"]["sink"] == 2
+        else:
+            assert message in err
+    if forget is None:
+        process = start("quantize.py", "runs/bert", "runs/opt", "runs/vit", "--batches", "1", "--seeds", "1", "--json", "table.json",
+                        cwd=tmp_path)
+        assert process.wait(timeout=120) == 0, process.stderr.read()
+        assert [row["settings"]["sink"] for row in json.loads((tmp_path / "table.json").read_text())] == [2, 2, 2]
