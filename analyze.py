@@ -118,7 +118,7 @@ def analyze(args, report):
     report_heads(report, name, found, names, config)
     inputs, _ = to_device(next(run.validation()), device)
     inputs = [inputs[0][:EXAMPLES]]  # without the positions that BERT predicts: they count through the whole batch
-    with record(model, ("probs", "values", "context", "gate", tap)) as kept:
+    with record(model, ("probs", "values", "context", "gate_output", tap)) as kept:
         model(*inputs)
     probs, values = array(kept["probs"][layer][:, head]), array(kept["values"][layer][:, head])  # (N, T, T or d_head)
     product = array(kept["context"][layer].unflatten(-1, (config.heads, -1))[:, :, head])  # (N, T, d_head)
@@ -140,7 +140,7 @@ def analyze(args, report):
                     lambda f: f.head_on_images(array(inputs[0].permute(0, 2, 3, 1)), *patches, attended, probs,
                                                f"{name}: {tap} of layer {source + 1}, attention in {which}"))
     if args.gates:
-        for i, gates in enumerate(array(kept["gate"][layer])):
+        for i, gates in enumerate(array(kept["gate_output"][layer])):
             report.draw(f"gates-{i}", f"Gates of layer {layer + 1}, token by token", lambda f: f.gates_on_tokens(
                 labels[i], gates, f"{name}: gates of layer {layer + 1}, validation sample {i}"))
     report.draw("magnitudes", "Outliers stand in channels (blog, Figure 1)", lambda f: f.magnitudes(

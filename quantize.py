@@ -1,8 +1,9 @@
 """Quantize trained runs after training and print the paper's table (sec. 5, Tables 1, 2, 4-7).
 
-    python quantize.py runs/bert-*                         W8A8, three calibration seeds each
-    python quantize.py runs/bert-* --sweep                 8 down to 4 bits
+    python quantize.py runs/bert-*-s0                      W8A8, three calibration seeds each
+    python quantize.py runs/bert-*-s0 --sweep              8 down to 4 bits
     python quantize.py runs/bert-vanilla-s0 --best         every pair of range estimators, the best kept
+    python quantize.py runs/bert-vanilla-s0 --taps         which tensor does the damage
 """
 import copy
 import json
@@ -13,15 +14,13 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from minq import flags
+from minq.damage import by_kind, fidelity, floating_states
 from minq.errors import UserError, one_line_errors
 from minq.outliers import watch
-from minq.quant import A_ESTIMATORS, W_ESTIMATORS, calibrating, quantize_model
+from minq.quant import A_ESTIMATORS, W_ESTIMATORS, quantize_model
 from minq.runs import open_run
-from minq.tables import mean_and_std, runs_table, with_std
+from minq.tables import json_row, mean_and_std, runs_table, taps_table, with_std
 from minq.training import evaluate, pick_device
-
-# settings in --json, beside those of the attention
-SHOWN = ("decay_layernorm", "patch_layernorm", "fake_quant", "seq_len", "steps", "data", "data_sha256")
 
 
 @one_line_errors
@@ -42,49 +41,36 @@ def main(argv=None):
     add("--eval-batches", type=flags.positive, help="validation batches; by default as in training")
     add("--data", help="where the runs' data is now")
     add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
+    add("--sqnr", action="store_true", help="also the last hidden states' signal-to-noise ratio (minq/damage.py)")
+    add("--taps", action="store_true", help="also quantize one kind of tensor at a time, at the first width")
     add("--json", metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
     widths = [(bits, bits) for bits in (8, 7, 6, 5, 4)] if args.sweep else [(args.w_bits, args.a_bits)]
     all_pairs = list(product(W_ESTIMATORS, A_ESTIMATORS))
-    estimators = all_pairs if args.best else [(args.w_estimator, args.a_estimator)]
+    pairs = all_pairs if args.best else [(args.w_estimator, args.a_estimator)]
 
     # ---- every run, and all that could be wrong with it ----
     runs = [open_run(name, device, args.data) for name in args.runs]
 
+    # ---- floating point and quantized ----
     rows = []
-    models = len(runs) * len(widths) * len(estimators) * args.seeds
+    models = len(runs) * len(widths) * len(pairs) * args.seeds
     with tqdm(total=models, unit="model") as progress:
         for run in runs:
-            metric = run.model.metric
-            better = max if metric == "accuracy" else min
-            score = lambda model: evaluate(model, run.validation(args.eval_batches), device)[metric]
-
-            # ---- floating point ----
-            with watch(run.model, ("ffn_output", "layer_output", *run.model.kurtosis_taps)) as outliers:
-                fp = score(run.model)
-
-            # ---- quantized ----
-            quantized = {}
-            for w_bits, a_bits in widths:
-                tried = {}
-                for pair in estimators:
-                    scores = []
-                    for seed in range(args.seeds):
-                        model = calibrated(run, seed, args, w_bits, a_bits, *pair)
-                        with parametrize.cached():
-                            scores.append(score(model))
-                        progress.update()
-                    tried["{} weights, {} activations".format(*pair)] = mean_and_std(scores)
-                best = better(tried, key=lambda pair: tried[pair]["mean"])
-                quantized[f"{w_bits}x{a_bits}"] = tried[best] | {"estimators": best}
-                for pair in tried if args.best else ():
-                    mark = " <- best" if pair == best else ""
-                    progress.write(f"{run.name} W{w_bits}A{a_bits}, {pair}: {with_std(tried[pair])}{mark}")
-            rows.append(row(run, fp, quantized, outliers))
+            taps = ("ffn_output", "layer_output", *run.model.kurtosis_taps)
+            with watch(run.model, taps) as outliers:
+                fp = scores(run, run.model, args)
+            quantized = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
+            rows.append(json_row(run, fp[run.model.metric], quantized, outliers))
+            if args.taps:
+                build = lambda: quantize_model(copy.deepcopy(run.model), *widths[0], *pairs[0], args.w_granularity)
+                rows[-1]["taps"] = by_kind(run, build, args.batches, args.eval_batches)
 
     # ---- report ----
     print(runs_table(rows))
+    for each in rows if args.taps else ():
+        print(f"\n{taps_table(each)}")
     if args.json:
         try:
             Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
@@ -92,30 +78,34 @@ def main(argv=None):
             raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from None
 
 
-def calibrated(run, seed, args, *settings):
-    """A quantized copy of the run's model; what sets its ranges comes from the training split."""
-    model = quantize_model(copy.deepcopy(run.model), *settings, args.w_granularity)
-    try:
-        with calibrating(model):
-            for inputs in run.calibration(seed, args.batches):
-                model(*inputs)
-    except UserError as error:
-        raise UserError(f"{run.name}: {error}") from None
-    return model
+def best_of(run, w_bits, a_bits, pairs, args, progress):
+    """Of all pairs of range estimators the best: the metric's mean, deviation and values over calibrations."""
+    metric, tried = run.model.metric, {}
+    for pair in pairs:
+        found = []
+        for seed in range(args.seeds):
+            model = quantize_model(copy.deepcopy(run.model), w_bits, a_bits, *pair, args.w_granularity)
+            run.calibrate(model, seed, args.batches)
+            with parametrize.cached():
+                found.append(scores(run, model, args))
+            progress.update()
+        over_seeds = {name: mean_and_std([each[name] for each in found]) for name in found[0]}
+        name = "{} weights, {} activations".format(*pair)
+        tried[name] = over_seeds.pop(metric) | over_seeds | {"estimators": name}
+    best = (min if metric == "perplexity" else max)(tried.values(), key=lambda result: result["mean"])
+    for name, result in tried.items() if args.best else ():
+        mark = " <- best" if result is best else ""
+        progress.write(f"{run.name} W{w_bits}A{a_bits}, {name}: {with_std(result)}{mark}")
+    return best
 
 
-def row(run, fp, quantized, outliers):
-    """A line of --json: settings that the run's attention does not read are null."""
-    model, config = run.model, vars(run.model.config)
-    known = run.checkpoint["args"] | config | {"data_sha256": run.checkpoint["data_sha256"]}
-    settings = flags.attention_settings(model.config) | {key: known.get(key) for key in SHOWN}
-    by_tap = {tap: {"max_inf_norm": outliers.max_inf_norm(tap), "avg_kurtosis": outliers.avg_kurtosis(tap)}
-              for tap in outliers.mean}
-    return {"run": run.name, "family": model.family, "attention": known["attention"],
-            "seed": known["seed"], "settings": settings,
-            "metric": model.metric, "fp": fp, "quantized": quantized,
-            "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
-            "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **by_tap}
+def scores(run, model, args):
+    """The run's metric, with --sqnr also how far the last hidden states are from floating point."""
+    metric = run.model.metric
+    near = fidelity(model, floating_states(run, args.eval_batches)) if args.sqnr or metric == "sqnr" else {}
+    if metric == "sqnr":
+        return near
+    return near | {metric: evaluate(model, run.validation(args.eval_batches), run.device)[metric]}
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
     python reproduce.py blog --jobs 1        one run at a time, with its progress bar
     python reproduce.py blog --verify        retrains its first row and compares it bit by bit
     python reproduce.py blog --preset paper  prints the commands at full size, for GPUs
-    python reproduce.py --write-readme       puts the tables of results/ into the README
+    python reproduce.py --write-docs         puts the tables of results/ into README.md and docs/
 
 The experiments stand in minq/experiments.py. Results land in results/NAME.json and results/NAME.md.
 """
@@ -48,17 +48,17 @@ def main(argv=None):
     parser.add_argument("--verify", action="store_true", help="retrain the first row of each and compare with results/")
     parser.add_argument("--runs", default="runs/reproduce", help="folder of the runs")
     parser.add_argument("--results", default="results", help="folder of the tables")
-    parser.add_argument("--write-readme", action="store_true", help="put the tables of results/ into README.md")
+    parser.add_argument("--write-docs", action="store_true", help="put the tables of results/ into README.md and docs/*.md")
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in EXPERIMENTS:
             raise UserError(f"{name}: no such experiment; expected some of {' '.join(EXPERIMENTS)}")
-    if not args.names and not args.write_readme:
-        raise UserError(f"nothing to do; name some of {' '.join(EXPERIMENTS)}, or give --write-readme")
+    if not args.names and not args.write_docs:
+        raise UserError(f"nothing to do; name some of {' '.join(EXPERIMENTS)}, or give --write-docs")
 
     for name in args.names:
         experiment = EXPERIMENTS[name]
-        jobs = [Job(name, row, seed, args) for row in experiment.rows for seed in range(experiment.seeds)]
+        jobs = [Job(name, row, seed, args) for seed in range(experiment.seeds) for row in experiment.rows]
         if args.verify:
             verify(name, args)
         elif args.preset == "paper":
@@ -78,10 +78,15 @@ def main(argv=None):
                 draw(experiment, table, path)
             if experiment.then:
                 print(experiment.then)
-    if args.write_readme:
-        readme = ROOT / "README.md"
-        text = with_tables(readme.read_text(), Path(args.results))
-        write_atomically(readme, lambda path: path.write_text(text))
+    if args.write_docs:
+        filled = {page: with_tables(page.read_text(), Path(args.results)) for page in pages()}
+        for page, text in filled.items():
+            write_atomically(page, lambda path: path.write_text(text))
+
+
+def pages():
+    """The files that show tables of results."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def results_of(name, args):

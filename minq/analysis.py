@@ -13,10 +13,10 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-from minq.outliers import is_outlier, listening, norms_and_kurtosis, outlier_counts, watch
+from minq.outliers import is_outlier, listening, norms_and_kurtosis, watch
 from minq.training import to_device
 
-HEAD_TAPS = ("values", "scores", "probs", "context", "gate")
+HEAD_TAPS = ("values", "scores", "probs", "context", "gate_output")
 GATE_BINS = 20
 DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper's are [SEP], "." and ","
 
@@ -25,7 +25,7 @@ DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper'
 
 @contextmanager
 def record(model, taps):
-    """Keep what passed the named taps last: `kept[tap][layer]`. "gate" is pi (B, H, T), None without a gate."""
+    """Keep what passed the named taps last: `kept[tap][layer]`. "gate_output" is pi (B, H, T), None without a gate."""
     kept = {tap: [None] * len(model.layers) for tap in taps}
 
     def keep(tap, layer, x):
@@ -36,6 +36,12 @@ def record(model, taps):
 
 
 # ---- measures: one value per sample ----
+
+def outlier_counts(x):
+    """Outliers of each sample by token position (B, T) and by hidden dimension (B, d)."""
+    outliers = is_outlier(x)
+    return {"by_position": outliers.sum(dim=2), "by_dimension": outliers.sum(dim=1)}
+
 
 def outlier_measures(x):
     """For `watch`: the paper's metrics, counts of outliers, and the largest |x| by position and dimension."""

@@ -29,14 +29,12 @@ queries keys^T, whose scales belong to tokens on either side. But probs values s
 the values belong to: each term has another scale, and none can be taken out. Per token, that product is
 a simulation which no integer kernel can follow; with `--fake-quant-granularity tensor` it could.
 """
-from contextlib import contextmanager
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from minq.attention import SelfAttention
-from minq.quant import affine_parameters, fake_quantize, minmax_threshold, value_range
+from minq.quant import affine_parameters, fake_quantize, minmax_threshold, switched, value_range
 
 
 class StraightThrough(torch.autograd.Function):
@@ -119,15 +117,7 @@ def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token"):
     return model
 
 
-@contextmanager
 def fake_quantization_off(model):
-    """While active, a `fake_quantize_training` model computes in floating point."""
+    """A context in which a `fake_quantize_training` model computes in floating point."""
     kinds = (DynamicQuantizer, DynamicWeightQuantizer)
-    quantizers = [module for module in model.modules() if isinstance(module, kinds)]
-    for quantizer in quantizers:
-        quantizer.active = False
-    try:
-        yield
-    finally:
-        for quantizer in quantizers:
-            quantizer.active = True
+    return switched([module for module in model.modules() if isinstance(module, kinds)], active=False)

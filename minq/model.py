@@ -4,13 +4,12 @@ Every tensor that is ever quantized or measured passes through a Tap, so this on
 the floating-point model, the quantized model and the measured model alike.
 """
 import math
-import textwrap
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 
-from minq.attention import ATTENTIONS, CAUSAL_ONLY, SelfAttention, Tap
+from minq.attention import CAUSAL_ONLY, SelfAttention, Tap
 from minq.errors import UserError
 
 
@@ -57,9 +56,10 @@ class Config:
 
 @dataclass
 class BertConfig(Config):
-    """Defaults of BERT (Devlin et al.): post-LN, GELU. `positions`: how the learned table starts."""
+    """Defaults of BERT (Devlin et al.): post-LN, GELU."""
     vocab_size: int = 260
-    positions: str = "normal"  # or "sinusoid"
+    positions: str = "normal"  # how the learned table starts; or "sinusoid"
+    masked_head: bool = True   # False: an encoder, which gives its last hidden states
 
 
 @dataclass
@@ -142,6 +142,7 @@ class Bert(nn.Module):
     """BERT for masked language modelling, post-LN; one segment only, so no segment embedding."""
 
     family, config_class, metric = "bert", BertConfig, "perplexity"
+    hidden_tap = "layer_output"  # whose last place is the last hidden states
     norm_tap = "ffn_output"  # Table 2's max inf. norm; post-LN writes its outliers there
     kurtosis_taps = ("ffn_output", "layer_output")  # its avg. kurtosis, as in the authors' code
     float_modules = ("head",)  # stays in floating point when the rest is quantized (sec. 5)
@@ -157,7 +158,10 @@ class Bert(nn.Module):
         self.embedding_norm_tap = Tap()
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.head = MaskedHead(config, self.token_embedding.weight)
+        if config.masked_head:
+            self.head = MaskedHead(config, self.token_embedding.weight)
+        else:
+            self.head, self.metric = nn.Identity(), "sqnr"  # nothing to predict: how near to floating point
 
         initialize(self, config.init_std)
         if config.positions == "sinusoid":
@@ -200,6 +204,7 @@ class Opt(nn.Module):
     """OPT for causal language modelling, pre-LN, with a final LayerNorm and a tied output layer."""
 
     family, config_class, metric = "opt", OptConfig, "perplexity"
+    hidden_tap = "final_norm"
     norm_tap = "layer_output"
     kurtosis_taps = ("layer_output", "ffn_output", "attention_output", "norm1", "norm2", "final_norm")
     float_modules = ("decoder",)  # stays in floating point when the rest is quantized (sec. 5)
@@ -233,6 +238,7 @@ class ViT(nn.Module):
     """A vision transformer, pre-LN; the class is read off the [CLS] token. All of it is quantized."""
 
     family, config_class, metric = "vit", ViTConfig, "accuracy"
+    hidden_tap = "final_norm"
     norm_tap = "layer_output"
     kurtosis_taps = ("ffn_output", "layer_output")  # nobody published code: as BERT
     float_modules = ()
@@ -303,22 +309,4 @@ def sinusoids(length, width, rms):
     return rms * math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
 
 
-# ---- from a checkpoint ----
-
 FAMILIES = {model.family: model for model in (Bert, Opt, ViT)}
-
-
-def from_checkpoint(checkpoint, name):
-    """Rebuild the model of a run's checkpoint. Raises UserError, naming the run, where it does not fit this code."""
-    family, attention = checkpoint["family"], checkpoint["config"].get("attention")
-    for what, found, known in (("family", family, FAMILIES), ("attention", attention, ATTENTIONS)):
-        if found not in known:
-            raise UserError(f"{name}: its {what} is {found!r}; expected one of {', '.join(known)}")
-    build = FAMILIES[family]
-    try:
-        model = build(build.config_class(**checkpoint["config"]))
-        model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"{name}: its checkpoint does not fit minq's {build.__name__}: "
-                        + textwrap.shorten(str(error), 500, placeholder=" ...")) from None
-    return model

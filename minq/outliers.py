@@ -43,19 +43,13 @@ def norms_and_kurtosis(x):
     return {"inf_norm": inf_norm(x), "kurtosis": kurtosis(x)}
 
 
-def outlier_counts(x):
-    """Outliers of each sample by token position (B, T) and by hidden dimension (B, d)."""
-    outliers = is_outlier(x)
-    return {"by_position": outliers.sum(dim=2), "by_dimension": outliers.sum(dim=1)}
-
-
 # ---- listening to a model ----
 
 @contextmanager
 def listening(model, taps, hear):
     """While active, call hear(tap, place, x) with what passes the named taps.
 
-    taps: names without the _tap suffix; or "layer_input", what a block gets; or "gate", what a gate gives.
+    taps: names without the _tap suffix; or "layer_input", what a block gets; or "gate_output", pi.
     place: how many of that name come before it in the model; the layer, from 0, for a tap of a block.
     Yields a dict: tap -> its number of places.
     """
@@ -63,8 +57,8 @@ def listening(model, taps, hear):
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             last = name.rpartition(".")[2]
-            tap = last.removesuffix("_tap")
-            if tap in places and (last != tap or tap == "gate"):
+            tap = "gate_output" if last == "gate" else last.removesuffix("_tap")
+            if tap in places and tap != last:
                 hook = lambda m, args, x, tap=tap, place=places[tap]: hear(tap, place, x.detach())
                 hooks.callback(module.register_forward_hook(hook).remove)
                 places[tap] += 1

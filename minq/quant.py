@@ -136,6 +136,8 @@ class WeightQuantizer(nn.Module):
     (W_q, W_k, W_v) has a scale, per channel each row.
     """
 
+    active = True
+
     def __init__(self, weight, n_bits=8, estimator="minmax", granularity="tensor", parts=1):
         super().__init__()
         self.n_bits, self.symmetric = n_bits, bool((weight < 0).any())
@@ -148,6 +150,8 @@ class WeightQuantizer(nn.Module):
         self.register_buffer("zero_point", zero_point)
 
     def forward(self, weight):
+        if not self.active:
+            return weight
         groups = weight.reshape(self.n_scales, -1)
         on_grid = fake_quantize(groups, self.scale, self.zero_point, self.n_bits, self.symmetric)
         return on_grid.view_as(weight)
@@ -159,10 +163,11 @@ class ActivationQuantizer(nn.Module):
     While `estimating` it updates the range with what arrives and already quantizes with it, so
     that the layers behind it are calibrated on what they will really get.
     """
+    estimating, active = False, True
 
     def __init__(self, n_bits=8, estimator="running"):
         super().__init__()
-        self.n_bits, self.range, self.estimating = n_bits, A_ESTIMATORS[estimator](), False
+        self.n_bits, self.range = n_bits, A_ESTIMATORS[estimator]()
         self.register_buffer("scale", torch.tensor(torch.nan))  # NaN until calibrated
         self.register_buffer("zero_point", torch.tensor(torch.nan))
 
@@ -170,6 +175,8 @@ class ActivationQuantizer(nn.Module):
         if self.estimating:
             self.range.update(x)
             self.scale, self.zero_point = affine_parameters(self.range.low, self.range.high, self.n_bits)
+        if not self.active:
+            return x
         return fake_quantize(x, self.scale, self.zero_point, self.n_bits)
 
 
@@ -199,20 +206,27 @@ def quantize_model(model, w_bits=8, a_bits=8,
 
 
 @contextmanager
+def switched(modules, **attributes):
+    """While active, all `modules` have these attributes instead of their class's."""
+    for module in modules:
+        vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        for module in modules:
+            for name in attributes:
+                del vars(module)[name]
+
+
+@contextmanager
 def calibrating(model):
     """While active, the batches that run through a quantized `model` set its activation ranges.
 
     Raises UserError at the end, naming the tap, where a range has not come out finite.
     """
     taps = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
-    for quantizer in taps.values():
-        quantizer.estimating = True
-    try:
-        with torch.no_grad(), parametrize.cached():
-            yield
-    finally:
-        for quantizer in taps.values():
-            quantizer.estimating = False
+    with switched(taps.values(), estimating=True), torch.no_grad(), parametrize.cached():
+        yield
     for name, quantizer in taps.items():
         if quantizer.range.low is None:
             raise UserError(f"{name}: nothing passed it; a tap that is never called must be None")

@@ -6,6 +6,7 @@ Its folder has `checkpoint.pt` (everything needed to rebuild the model and to go
 import json
 import os
 import signal
+import textwrap
 import time
 from dataclasses import asdict, dataclass
 from itertools import starmap
@@ -16,11 +17,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from minq.attention import ATTENTIONS
 from minq.data import open_data
 from minq.errors import UserError
 from minq.fake_quant import fake_quantization_off, fake_quantize_training
-from minq.model import from_checkpoint
+from minq.model import FAMILIES
 from minq.outliers import watch
+from minq.quant import calibrating
 from minq.training import evaluate, seed_step, to_device
 
 PATIENCE = 20  # steps in a row whose loss is not finite, before a run is given up
@@ -241,6 +244,22 @@ def load_checkpoint(folder, family=None):
     return checkpoint
 
 
+def from_checkpoint(checkpoint, name):
+    """Rebuild the model of a run's checkpoint. Raises UserError, naming the run, where it does not fit this code."""
+    family, attention = checkpoint["family"], checkpoint["config"].get("attention")
+    for what, found, known in (("family", family, FAMILIES), ("attention", attention, ATTENTIONS)):
+        if found not in known:
+            raise UserError(f"{name}: its {what} is {found!r}; expected one of {', '.join(known)}")
+    build = FAMILIES[family]
+    try:
+        model = build(build.config_class(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (TypeError, RuntimeError) as error:
+        raise UserError(f"{name}: its checkpoint does not fit minq's {build.__name__}: "
+                        + textwrap.shorten(str(error), 500, placeholder=" ...")) from None
+    return model
+
+
 def require_same_data(source, sha256, checkpoint):
     """Raise UserError if the data that a run was trained on has changed since."""
     if sha256 != checkpoint["data_sha256"]:
@@ -262,23 +281,29 @@ class OpenedRun:
         arrays = self.data.validation_batches(args["batch_size"], batches or args["eval_batches"])
         return starmap(self.data.to_model, arrays)
 
-    def calibration(self, seed, batches):
-        """The inputs of batches of the training split, on the device; in another order than training's."""
-        for i in range(batches):
-            arrays = self.data.train_batch(CALIBRATION_SEED + seed, i, self.checkpoint["args"]["batch_size"])
-            inputs, _ = to_device(self.data.to_model(*arrays), self.device)
-            yield inputs
+    def calibrate(self, model, seed, batches):
+        """Set the ranges of a quantized copy of the run's model, with batches of the training split."""
+        try:
+            with calibrating(model):
+                for i in range(batches):
+                    arrays = self.data.train_batch(CALIBRATION_SEED + seed, i, self.checkpoint["args"]["batch_size"])
+                    inputs, _ = to_device(self.data.to_model(*arrays), self.device)
+                    model(*inputs)
+        except UserError as error:
+            raise UserError(f"{self.name}: {error}") from None
 
 
 def open_run(folder, device, data_source=None, family=None):
     """An OpenedRun. Raises UserError if it cannot be read, or is not of `family`, where one is named.
 
     `data_source`: where its data is now (`--data`). Without it the data must be what the run was
-    trained on; UserError if it has changed.
+    trained on, a name, a path, or a file in its folder; UserError if it has changed.
     """
     checkpoint = load_checkpoint(folder, family)
     model = from_checkpoint(checkpoint, folder).to(device).eval()
-    data = open_data(checkpoint["args"] | ({"data": data_source} if data_source else {}))
+    source = data_source or checkpoint["args"]["data"]
+    inside = Path(folder, source)
+    data = open_data(checkpoint["args"] | {"data": str(inside) if inside.exists() else source})
     if not data_source:
-        require_same_data(checkpoint["args"]["data"], data.sha256, checkpoint)
+        require_same_data(source, data.sha256, checkpoint)
     return OpenedRun(str(folder), checkpoint, model, data, device)

@@ -3,6 +3,7 @@ import re
 import statistics
 
 from minq.errors import UserError
+from minq.flags import attention_settings
 
 
 # ---- means and deviations ----
@@ -29,15 +30,51 @@ def with_std(result, digits=4):
 
 # ---- the table of quantize.py ----
 
+# settings in --json, beside those of the attention
+SHOWN = ("decay_layernorm", "patch_layernorm", "fake_quant", "seq_len", "steps", "data", "data_sha256")
+METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑", "sqnr": "SQNR dB ↑"}
+
+
+def json_row(run, fp, quantized, outliers):
+    """What quantize.py writes of a run with --json: settings that its attention does not read are null."""
+    model, config = run.model, vars(run.model.config)
+    known = run.checkpoint["args"] | config | {"data_sha256": run.checkpoint["data_sha256"]}
+    settings = attention_settings(model.config) | {key: known.get(key) for key in SHOWN}
+    by_tap = {tap: {"max_inf_norm": outliers.max_inf_norm(tap), "avg_kurtosis": outliers.avg_kurtosis(tap)}
+              for tap in outliers.mean}
+    return {"run": run.name, "family": model.family, "attention": known["attention"],
+            "seed": known["seed"], "settings": settings,
+            "metric": model.metric, "fp": fp, "quantized": quantized,
+            "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
+            "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **by_tap}
+
+
 def runs_table(rows):
     """The paper's columns in Markdown, a row per run."""
-    widths = [f"W{key.replace('x', 'A')}" for key in rows[0]["quantized"]]
-    lines = ["| run | metric | FP32 | max inf norm | avg kurtosis (not excess) | " + " | ".join(widths) + " |",
-             "|---|---|" + "---:|" * (3 + len(widths))]
+    lines = []
     for row in rows:
-        cells = [row["run"], {"perplexity": "ppl ↓", "accuracy": "acc % ↑"}[row["metric"]], f"{row['fp']:.4g}",
-                 f"{row['max_inf_norm']:.3g}", f"{row['avg_kurtosis']:.3g}", *map(with_std, row["quantized"].values())]
-        lines.append("| " + " | ".join(cells) + " |")
+        cells = {"run": row["run"], "metric": METRICS[row["metric"]], "FP32": f"{row['fp']:.4g}",
+                 "max inf norm": f"{row['max_inf_norm']:.3g}", "avg kurtosis (not excess)": f"{row['avg_kurtosis']:.3g}"}
+        for key, result in row["quantized"].items():
+            width = f"W{key.replace('x', 'A')}"
+            cells[width] = with_std(result)
+            if any("sqnr" in other["quantized"][key] for other in rows):
+                cells[f"{width}, SQNR dB"] = with_std(result.get("sqnr", result), 3)
+                cells[f"{width}, cosine"] = f"{result['cosine']['mean']:.3f}"
+        lines.append(cells)
+    return in_markdown(lines, words=2)
+
+
+def taps_table(row):
+    """What `--taps` found: the damage of quantizing one kind of tensor."""
+    return in_markdown([{"only this is quantized": tap["tap"], METRICS[row["metric"]]: f"{tap['metric']:.4g}",
+                         "SQNR dB ↑": f"{tap['sqnr']:.1f}"} for tap in row["taps"]])
+
+
+def in_markdown(rows, words=1):
+    """Rows, dicts with the same keys, as a table whose first `words` columns are words, the others numbers."""
+    lines = ["| " + " | ".join(line) + " |" for line in (rows[0], *(row.values() for row in rows))]
+    lines.insert(1, "|" + "---|" * words + "---:|" * (len(rows[0]) - words))
     return "\n".join(lines)
 
 
@@ -98,12 +135,12 @@ def markdown(table):
     rows = [{"": row["label"], "family": row["family"]} | COLUMNS[table["columns"]](row) for row in table["rows"]]
     if len({row["family"] for row in table["rows"]}) == 1:
         rows = [{name: value for name, value in row.items() if name != "family"} for row in rows]
-    lines = ["| " + " | ".join(rows[0]) + " |", "|---|" + "---:|" * (len(rows[0]) - 1),
-             *("| " + " | ".join(row.values()) + " |" for row in rows)]
+    shown = [name for name in rows[0] if name == "" or any(row[name] for row in rows)]
+    rows = [{name: row[name] for name in shown} for row in rows]
     unit = "rounds" if table["columns"] == "runtime" else "steps"
     shortened = f" **Shortened to {table['steps']} {unit}.**" if table["steps"] else ""
     return (f"{table['title']}.{shortened} {repetitions(table['rows'])}; "
-            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + "\n".join(lines) + "\n")
+            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + in_markdown(rows) + "\n")
 
 
 def repetitions(rows):
@@ -142,7 +179,7 @@ def draw(experiment, table, path):
 
 
 def with_tables(text, results):
-    """The README with the table of results/NAME.md between each pair of marks."""
+    """A page (README.md, docs/*.md) with the table of results/NAME.md between each pair of marks."""
     def replace(match):
         path = results / f"{match.group(1)}.md"
         if not path.exists():

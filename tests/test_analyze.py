@@ -11,9 +11,8 @@ import torch
 import minq
 from minq import analysis, figures
 from minq.data import load_text
-from minq.model import from_checkpoint
 from minq.outliers import is_outlier
-from minq.runs import load_checkpoint, open_run
+from minq.runs import from_checkpoint, load_checkpoint, open_run
 from running import SMALL, SMALL_VIT, run
 
 

@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 
+from minq.analysis import outlier_counts
 from minq.attention import Tap
 from minq.model import FAMILIES, Bert, BertConfig
-from minq.outliers import inf_norm, is_outlier, kurtosis, outlier_counts, watch
+from minq.outliers import inf_norm, is_outlier, kurtosis, watch
 
 torch.manual_seed(0)
 X = torch.randn(3, 50, 40)

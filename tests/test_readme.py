@@ -1,4 +1,4 @@
-"""The README keeps its word: its links point at what they name, its demonstration prints what it shows."""
+"""The README and docs/ keep their word: links point at what they name, the demonstration prints what it shows."""
 import contextlib
 import io
 import re
@@ -8,14 +8,45 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-LINKS = re.findall(r"\[`(\w+)`\]\(([\w/.]+)#L(\d+)\)", README)
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("name, file, line", LINKS, ids=[link[0] for link in LINKS])
-def test_the_map_points_at_its_definitions(name, file, line):
-    lines = (ROOT / file).read_text().splitlines()
-    defined = [i for i, text in enumerate(lines, 1) if re.match(rf"(def|class) {name}\b", text)]
-    assert defined == [int(line)]
+def links(page):
+    """(text, file, anchor) of every link and image of a page that stays within the project."""
+    prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(r"\[([^\[\]]*)\]\(([^()\s#]*)(?:#([^()\s]*))?\)", prose)
+    return [(text, page.parent / target if target else page, anchor) for text, target, anchor in found if "://" not in target]
+
+
+def anchors(page):
+    """What a link can name after the #: the headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+def defines(path, name):
+    definition = rf"^\s*((def|class) {name}\b|{name}\s*=)" if name.isupper() else rf"^\s*(def|class) {name}\b"
+    return re.search(definition, path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_point_at_what_they_name(page):
+    for text, path, anchor in links(page):
+        assert path.exists(), f"[{text}]: there is no {path}"
+        assert not anchor or anchor in anchors(path), f"[{text}]: {path.name} has no heading {anchor}"
+        name = re.fullmatch(r"`(\w+)`", text)
+        assert not name or defines(path, name[1]), f"{name[1]} is not defined in {path.name}"
+
+
+def test_links_are_found():
+    """The test above would pass if it saw no links."""
+    assert ("`clipped_softmax`", ROOT / "docs" / "../minq/attention.py", "") in links(ROOT / "docs" / "paper.md")
+    assert any(path.name == "outliers-opt.png" for _, path, _ in links(ROOT / "README.md"))
+    assert defines(ROOT / "minq" / "attention.py", "ATTENTIONS") and not defines(ROOT / "minq" / "attention.py", "ATTENTION")
+
+
+def test_the_readme_is_short():
+    assert len(README.encode()) <= 12_000
 
 
 def test_the_demonstration_prints_what_it_shows():

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from minq.errors import UserError
-from minq.model import Bert, BertConfig, from_checkpoint
-from minq.runs import claim, forget_after, load_checkpoint, write_atomically
+from minq.model import Bert, BertConfig
+from minq.runs import claim, forget_after, from_checkpoint, load_checkpoint, write_atomically
 from running import ROOT, run
 
 OLD = ROOT / "tests" / "old"  # runs of three steps made at commit 42c73d8

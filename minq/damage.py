@@ -1,0 +1,121 @@
+"""What quantization does to a model inside, and which tensor did it (paper, sec. 3).
+
+    fidelity(quantized, floating_states(run))     # {"sqnr": 1.9, "cosine": 0.79}
+    by_kind(run, build)                           # one kind of tap quantized at a time, the worst first
+
+Perplexity forgives: much can move inside a model before the right token loses its place. The signal-to-
+quantization-noise ratio of the last hidden states does not:
+
+    SQNR = 10 log10 (sum of h^2 / sum of (h_quantized - h)^2)     in dB
+
+h is the output of the last layer (BERT) or of the final norm (OPT, ViT) for the same inputs, in floating
+point and quantized. At 0 dB the error is as large as the signal; a bit more of precision is worth 6 dB.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils import parametrize
+
+from minq.outliers import listening
+from minq.quant import ActivationQuantizer, WeightQuantizer, switched
+from minq.training import evaluate, to_device
+
+
+# ---- how far the last hidden states have moved ----
+
+def floating_states(run, batches=None):
+    """(inputs, the last hidden states of the run's model) of each validation batch."""
+    for batch in run.validation(batches):
+        inputs, _ = to_device(batch, run.device)
+        yield inputs, last_hidden(run.model, inputs)
+
+
+@torch.no_grad()
+def last_hidden(model, inputs):
+    """(B, T, width), or (B, width) where only [CLS] is left; float32."""
+    last = {}
+    with listening(model, (model.hidden_tap,), lambda tap, place, x: last.update(h=x.float())):
+        model(*inputs)
+    return last["h"]  # of the last place
+
+
+def fidelity(model, states):
+    """SQNR in dB, and the mean cosine over tokens, of the last hidden states of `model` against `states`."""
+    signal = error = cosines = tokens = 0
+    for inputs, h in states:
+        moved = last_hidden(model, inputs)
+        signal += h.square().sum(dtype=torch.float64).item()
+        error += (moved - h).square().sum(dtype=torch.float64).item()
+        cosines += F.cosine_similarity(moved, h, dim=-1).sum(dtype=torch.float64).item()
+        tokens += h[..., 0].numel()
+    return {"sqnr": math.inf if error == 0 else 10 * math.log10(signal / error), "cosine": cosines / tokens}
+
+
+# ---- one tensor at a time ----
+
+def quantizers(model):
+    """name -> quantizer: of a tap by its name without the suffix, of a weight by its module's."""
+    suffixes = {ActivationQuantizer: "_tap", WeightQuantizer: ".parametrizations.weight.0"}
+    return {name.removesuffix(suffixes[type(module)]): module for name, module in model.named_modules()
+            if type(module) in suffixes}
+
+
+def taps_of(model):
+    return [name for name, quantizer in quantizers(model).items() if isinstance(quantizer, ActivationQuantizer)]
+
+
+def only(model, wanted):
+    """A context in which of all quantizers of `model` only those named in `wanted` are active."""
+    return switched([quantizer for name, quantizer in quantizers(model).items() if name not in wanted], active=False)
+
+
+def calibrated(run, build, wanted, batches):
+    """A quantized copy of the run's model whose ranges are set while only `wanted` are active."""
+    model = build()
+    with only(model, wanted):
+        run.calibrate(model, seed=0, batches=batches)
+    return model
+
+
+def damage(run, model, wanted, eval_batches=None):
+    """{"metric": the run's, "sqnr": dB} with only the quantizers named in `wanted` active."""
+    metric = run.model.metric
+    with only(model, wanted), parametrize.cached():
+        found = fidelity(model, floating_states(run, eval_batches))
+        if metric != "sqnr":
+            found |= evaluate(model, run.validation(eval_batches), run.device)
+    return {"metric": found[metric], "sqnr": found["sqnr"]}
+
+
+def by_kind(run, build, batches=16, eval_batches=None):
+    """[{tap, metric, sqnr}]: one kind of tap quantized, in all layers, the lowest SQNR first; then all
+    activations, all weights, and everything.
+
+    build: a function that gives a quantized copy of the run's model. What a single kind is quantized with
+    are the ranges of the floating-point model; the last three rows are calibrated as they are evaluated.
+    """
+    model = calibrated(run, build, (), batches)
+    kinds = {}
+    for name in taps_of(model):
+        kinds.setdefault(name.rpartition(".")[2], []).append(name)
+    rows = [{"tap": kind, **damage(run, model, names, eval_batches)} for kind, names in kinds.items()]
+    rows.sort(key=lambda row: row["sqnr"])
+    every, taps = set(quantizers(model)), set(taps_of(model))
+    for title, names in (("all activations", taps), ("all weights", every - taps), ("everything", every)):
+        model = calibrated(run, build, names, batches)
+        rows.append({"tap": title, **damage(run, model, names, eval_batches)})
+    return rows
+
+
+def by_layer(run, build, batches=16, eval_batches=None):
+    """(kinds, SQNR (kinds, layers)) with one tap of one layer quantized."""
+    model = calibrated(run, build, (), batches)
+    states = list(floating_states(run, eval_batches))
+    sqnr = {}
+    for name in taps_of(model):
+        if name.startswith("layers."):
+            place = int(name.split(".")[1])
+            with only(model, [name]), parametrize.cached():
+                sqnr.setdefault(name.rpartition(".")[2], [math.nan] * run.model.config.layers)[place] = fidelity(model, states)["sqnr"]
+    return list(sqnr), list(sqnr.values())
