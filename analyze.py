@@ -4,7 +4,9 @@
     python analyze.py runs/bert-vanilla-s0 --layer 2 --head 3                that head at work
     python analyze.py runs/bert-* --curves                                   norms and kurtosis over training
     python analyze.py runs/bert-vanilla-s0 runs/bert-clipped-s0 --compare    one activation of both, and the 8-bit grid
+    python analyze.py runs/bert-vanilla-s0 --damage                          which tensor eight bits ruin
 """
+import copy
 import json
 import shlex
 import sys
@@ -16,14 +18,16 @@ import torch
 from minq import flags
 from minq.analysis import (array, delimiter_share, group_shares, on_patches, outlier_patches, record, survey,
                            token_groups, token_names, worst_dimension)
+from minq.damage import by_layer
 from minq.errors import UserError, one_line_errors
 from minq.outliers import watch
-from minq.quant import affine_parameters
+from minq.quant import affine_parameters, quantize_model
 from minq.report import Report
 from minq.runs import open_run
 from minq.training import pick_device, to_device
 
-BITS = 8      # of the grid that --compare draws
+BITS = 8      # of the grid that --compare draws, and of --damage
+DAMAGE_BATCHES = 2
 BATCHES = 16  # validation batches, unless told
 EXAMPLES = 2  # validation samples on which a head is shown
 
@@ -38,7 +42,8 @@ def main(argv=None):
     parser.add_argument("--gates", action="store_true", help="also show that layer's gates, token by token")
     parser.add_argument("--curves", action="store_true", help="loss, norms and kurtosis of all RUNs against steps")
     parser.add_argument("--compare", action="store_true", help="one activation of two RUNs, and the 8-bit grid over it")
-    parser.add_argument("--batches", type=flags.positive, help=f"validation batches, of the run's own size; by default {BATCHES}")
+    parser.add_argument("--damage", action="store_true", help="quantize one tensor at a time: what it does to the last hidden states")
+    parser.add_argument("--batches", type=flags.positive, help=f"validation batches, of the run's own size; by default {BATCHES}, with --damage {DAMAGE_BATCHES}")
     parser.add_argument("--data", help="where the runs' data is now")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
     parser.add_argument("--out", help="folder for the pictures; by default figures/ in the (first) run")
@@ -56,16 +61,18 @@ def main(argv=None):
 
 def check_mode(args):
     """Which of the three functions below is asked for. A flag that it would not read is an error."""
-    if args.curves and args.compare:
-        raise UserError("--curves and --compare are different pictures; give one of them")
-    mode = curves if args.curves else compare if args.compare else analyze
+    chosen = [mode for mode in (curves, compare, damage) if getattr(args, mode.__name__)]
+    if len(chosen) > 1:
+        raise UserError(" and ".join(f"--{mode.__name__}" for mode in chosen) + " are different pictures; give one of them")
+    mode = chosen[0] if chosen else analyze
     if mode is compare and len(args.runs) != 2:
         raise UserError(f"--compare needs two runs, got {len(args.runs)}: {' '.join(args.runs)}")
-    if mode is analyze and len(args.runs) > 1:
+    if mode in (analyze, damage) and len(args.runs) > 1:
         raise UserError(f"got {len(args.runs)} runs: give one, or several with --curves, or two with --compare")
     if len(set(args.runs)) < len(args.runs):
         raise UserError(f"the same run twice: {' '.join(args.runs)}")
-    unread = {curves: ("layer", "head", "gates", "batches", "data", "device"), compare: ("head", "gates"), analyze: ()}
+    unread = {curves: ("layer", "head", "gates", "batches", "data", "device"), compare: ("head", "gates"),
+              damage: ("layer", "head", "gates"), analyze: ()}
     for flag in unread[mode]:
         if getattr(args, flag):
             raise UserError(f"--{flag} has no meaning with --{mode.__name__}")
@@ -160,12 +167,15 @@ def report_outliers(report, name, found, config):
     rows = []
     for tap, outliers in found["outliers"].items():
         for layer, counts in enumerate(outliers["by_dimension"]):
+            places = outliers["by_position"][layer]
             worst = int(np.argmax(counts if counts.any() else outliers["peak_by_dimension"][layer]))
+            place = int(np.argmax(places if counts.any() else outliers["peak_by_position"][layer]))
+            share = lambda part: f"{100 * part / counts.sum():.1f}%" if counts.any() else "none"
             rows.append([tap, layer + 1, f"{outliers['inf_norm'][layer]:.3g}", f"{outliers['kurtosis'][layer]:.3g}",
                          f"{counts.sum() / found['samples']:.3g}", worst, worst // (config.width // config.heads) + 1,
-                         f"{100 * counts[worst] / counts.sum():.1f}%" if counts.any() else "none"])
+                         share(counts[worst]), place, share(places[place])])
     report.table(["tap", "layer", "inf norm", "kurtosis (not excess)", "outliers a sample", "worst dimension",
-                  "its head", "its share of outliers"], rows)
+                  "its head", "its share of outliers", "worst position", "its share of outliers"], rows)
     for tap, outliers in found["outliers"].items():
         if not outliers["by_dimension"].any():
             report.say(f"No value of {tap} is an outlier in any layer: the largest |x| stand in for them.")
@@ -218,6 +228,20 @@ softmax input range: largest - smallest score of a query{"; gate: mean of pi" if
     if "gate" in heads:
         report.draw("gates", "How open the gates are",
                     lambda f: f.gate_histograms(found["gate_counts"], f"{name}: gates"))
+
+
+def damage(args, report):
+    """One tensor of one layer at a time in eight bits, all else in floating point."""
+    (name,) = args.runs
+    run = open_run(name, pick_device(args.device), args.data)
+    build = lambda: quantize_model(copy.deepcopy(run.model), BITS, BITS)
+    kinds, sqnr = by_layer(run, build, eval_batches=args.batches or DAMAGE_BATCHES)
+    layers = range(1, run.model.config.layers + 1)
+    title = f"SQNR of the last hidden states in dB, with only one tensor of one layer in {BITS} bits"
+    report.heading(title)
+    report.table(["tap", *(f"layer {layer}" for layer in layers)],
+                 [[kind, *(f"{value:.1f}" for value in values)] for kind, values in zip(kinds, sqnr)])
+    report.draw("damage", title, lambda f: f.damage(kinds, np.array(sqnr), f"{name}: one tensor in {BITS} bits"))
 
 
 # ---- several runs ----

@@ -60,9 +60,9 @@ def main(argv=None):
         for run in runs:
             taps = ("ffn_output", "layer_output", *run.model.kurtosis_taps)
             with watch(run.model, taps) as outliers:
-                fp = scores(run, run.model, args)
+                fp = scores(run, run.model, args)[run.model.metric]
             quantized = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
-            rows.append(json_row(run, fp[run.model.metric], quantized, outliers))
+            rows.append(json_row(run, fp, quantized, outliers))
             if args.taps:
                 build = lambda: quantize_model(copy.deepcopy(run.model), *widths[0], *pairs[0], args.w_granularity)
                 rows[-1]["taps"] = by_kind(run, build, args.batches, args.eval_batches)

@@ -167,17 +167,19 @@ def token_names(text):
     """What to write on an axis for each token id of a Text: characters, or numbers where they are not bytes."""
     marks = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
     byte = lambda i: marks.get(chr(i), chr(i) if 32 < i < 127 else f"{i:02x}")
-    names = [byte(i) if text.is_bytes else str(i) for i in range(text.vocab_size)]
+    names = text.words or [byte(i) if text.is_bytes else str(i) for i in range(text.vocab_size)]
+    names = names + [str(i) for i in range(len(names), text.vocab_size)]
     for name in ("pad", "cls", "sep", "mask"):
         names[getattr(text, name)] = f"[{name.upper()}]"
     return names
 
 
 def token_groups(names, is_bytes):
-    """The group of each token: specials by their own names, bytes by their kind, all others "token"."""
+    """The group of each token: specials by their own names, bytes by their kind, others "punctuation" or "token"."""
     kinds = {"␣": "space", "↵": "newline"} | dict.fromkeys(string.punctuation, "punctuation")
     kinds |= dict.fromkeys(string.ascii_letters, "letter") | dict.fromkeys(string.digits, "digit")
-    ordinary = lambda name: kinds.get(name, "other byte") if is_bytes else "token"
+    signs = lambda name: "punctuation" if name and not set(name) - set(string.punctuation) else "token"
+    ordinary = lambda name: kinds.get(name, "other byte") if is_bytes else signs(name)
     return [name if name in ("[PAD]", "[CLS]", "[SEP]", "[MASK]") else ordinary(name) for name in names]
 
 

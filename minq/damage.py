@@ -78,11 +78,11 @@ def calibrated(run, build, wanted, batches):
     return model
 
 
-def damage(run, model, wanted, eval_batches=None):
+def damage(run, model, wanted, states, eval_batches=None):
     """{"metric": the run's, "sqnr": dB} with only the quantizers named in `wanted` active."""
     metric = run.model.metric
     with only(model, wanted), parametrize.cached():
-        found = fidelity(model, floating_states(run, eval_batches))
+        found = fidelity(model, states)
         if metric != "sqnr":
             found |= evaluate(model, run.validation(eval_batches), run.device)
     return {"metric": found[metric], "sqnr": found["sqnr"]}
@@ -95,23 +95,22 @@ def by_kind(run, build, batches=16, eval_batches=None):
     build: a function that gives a quantized copy of the run's model. What a single kind is quantized with
     are the ranges of the floating-point model; the last three rows are calibrated as they are evaluated.
     """
-    model = calibrated(run, build, (), batches)
+    model, states = calibrated(run, build, (), batches), list(floating_states(run, eval_batches))
     kinds = {}
     for name in taps_of(model):
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    rows = [{"tap": kind, **damage(run, model, names, eval_batches)} for kind, names in kinds.items()]
+    rows = [{"tap": kind, **damage(run, model, names, states, eval_batches)} for kind, names in kinds.items()]
     rows.sort(key=lambda row: row["sqnr"])
     every, taps = set(quantizers(model)), set(taps_of(model))
     for title, names in (("all activations", taps), ("all weights", every - taps), ("everything", every)):
         model = calibrated(run, build, names, batches)
-        rows.append({"tap": title, **damage(run, model, names, eval_batches)})
+        rows.append({"tap": title, **damage(run, model, names, states, eval_batches)})
     return rows
 
 
 def by_layer(run, build, batches=16, eval_batches=None):
     """(kinds, SQNR (kinds, layers)) with one tap of one layer quantized."""
-    model = calibrated(run, build, (), batches)
-    states = list(floating_states(run, eval_batches))
+    model, states = calibrated(run, build, (), batches), list(floating_states(run, eval_batches))
     sqnr = {}
     for name in taps_of(model):
         if name.startswith("layers."):

@@ -4,6 +4,7 @@ Batch `step` of a run is a pure function of (seed, step): an interrupted run, or
 processes or micro-batches, sees the same data.
 """
 import hashlib
+import json
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,9 +26,11 @@ BACKCOPY_SYMBOLS = 64
 
 @dataclass
 class Text:
-    """A corpus: `tokens` (uint8 or uint16), whether they are bytes, the size of its vocabulary with specials, and their ids."""
+    """A corpus: `tokens` (uint8 or uint16), whether they are bytes or else (if known) the words that they
+    stand for, the size of its vocabulary with specials, and the specials' ids."""
     tokens: np.ndarray
     is_bytes: bool
+    words: list | None
     vocab_size: int
     pad: int
     cls: int
@@ -45,7 +48,7 @@ def load_text(source, vocab_size=None, special_ids=None):
     """Open `--data`: a name in TEXTS, a file or folder of text (read as bytes), or a .bin of uint16 tokens.
 
     A .bin needs `vocab_size`; its special tokens are `special_ids` (pad, cls, sep, mask), or
-    follow the vocabulary. Raises UserError for anything that cannot be read.
+    follow the vocabulary; a list of its words may lie beside it, as .json. Raises UserError for anything that cannot be read.
     """
     is_bin = str(source).endswith(".bin")
     if is_bin != (vocab_size is not None):
@@ -61,7 +64,8 @@ def load_text(source, vocab_size=None, special_ids=None):
         tokens, vocab_size = as_bytes(read_bytes(Path(source))), BYTES
     ids = special_ids or range(vocab_size, vocab_size + len(SPECIALS))
     is_bytes = not is_bin and vocab_size == BYTES
-    return Text(tokens, is_bytes, max(vocab_size, max(ids) + 1), *ids, sha256=hashlib.sha256(tokens).hexdigest())
+    words = read_words(Path(source)) if is_bin else None
+    return Text(tokens, is_bytes, words, max(vocab_size, max(ids) + 1), *ids, sha256=hashlib.sha256(tokens).hexdigest())
 
 
 def as_bytes(text):
@@ -114,17 +118,17 @@ TEXTS = {
 }
 
 
-def read_bytes(path):
-    """All bytes of a file, or of the files below a folder in the order of their names."""
+def read_bytes(path, flag="--data"):
+    """All bytes of a file, or of the files below a folder in the order of their names. `flag` named it."""
     if not path.exists():
-        raise UserError(f"--data {path}: no such file or folder; built in: {', '.join(TEXTS)}")
+        raise UserError(f"{flag} {path}: no such file or folder; built in: {', '.join(TEXTS)}")
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     try:
         text = b"\n".join(file.read_bytes() for file in files)
     except OSError as error:
-        raise UserError(f"--data {path}: cannot be read: {error.strerror}: {error.filename}") from None
+        raise UserError(f"{flag} {path}: cannot be read: {error.strerror}: {error.filename}") from None
     if not text:
-        raise UserError(f"--data {path}: is empty; expected text")
+        raise UserError(f"{flag} {path}: is empty; expected text")
     return text
 
 
@@ -142,6 +146,18 @@ def read_tokens(path, vocab_size):
     if tokens.max() >= vocab_size:
         raise UserError(f"--data {path}: holds token {tokens.max()}, but --vocab-size is {vocab_size}")
     return tokens
+
+
+def read_words(path):
+    """What each token id of a .bin stands for: a list of strings in the .json beside it, or None without one."""
+    path = path.with_suffix(".json")
+    try:
+        words = json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError):
+        words = []
+    if words is not None and not (words and isinstance(words, list) and all(isinstance(word, str) for word in words)):
+        raise UserError(f"{path}: expected a list of words, one a token id, in JSON")
+    return words
 
 
 # ---- batches ----
@@ -201,9 +217,13 @@ class MaskedText(Windows):
         tokens[replaced] = rng.choice(self.ordinary, size=replaced.sum())
         return tokens, labels
 
-    @staticmethod
-    def to_model(tokens, labels):
-        """Arrays -> ((tokens, positions), targets): the model predicts at flat `positions` only."""
+    def to_model(self, tokens, labels):
+        """Arrays -> ((tokens, positions), targets): the model predicts at flat `positions` only.
+
+        With a mask_prob of 0 there is nothing to predict, and all tokens are the targets: for an encoder.
+        """
+        if self.mask_prob == 0:
+            return (torch.from_numpy(tokens),), torch.from_numpy(tokens)
         positions = np.flatnonzero(labels != IGNORE)
         return (torch.from_numpy(tokens), torch.from_numpy(positions)), torch.from_numpy(labels.reshape(-1)[positions])
 

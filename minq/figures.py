@@ -187,6 +187,23 @@ def head_on_images(images, outliers, outlier_name, magnitudes, magnitude_names, 
 # ---- the mechanism ----
 
 @style
+def damage(kinds, sqnr, title):
+    """SQNR in dB (kinds, layers), a cell per tensor with its number; the darker, the more harm it does."""
+    figure, axes = sheet(title, 1, 1, 3 + 0.6 * sqnr.shape[1], 1.5 + 0.3 * len(kinds))
+    ax = axes[0, 0]
+    image = ax.imshow(sqnr, cmap="viridis", aspect="auto", vmin=0, vmax=50)
+    for row, column in np.ndindex(sqnr.shape):
+        if np.isfinite(sqnr[row, column]):
+            ax.text(column, row, f"{sqnr[row, column]:.0f}", ha="center", va="center", fontsize=8,
+                    color="white" if sqnr[row, column] < 25 else "black")
+    ax.set_xticks(range(sqnr.shape[1]), range(1, sqnr.shape[1] + 1))
+    ax.set_yticks(range(len(kinds)), kinds)
+    ax.set_xlabel("layer")
+    figure.colorbar(image, label="SQNR of the last hidden states, dB")
+    return figure
+
+
+@style
 def heads(sink_rate, sink_value, score_range, even, title):
     """Each head a point, numbered layer.head: a sink that takes all, with a value near nothing, is a head that
     does nothing. (L, H) each; `even` is the sink rate of even attention."""

@@ -44,7 +44,7 @@ def json_row(run, fp, quantized, outliers):
               for tap in outliers.mean}
     return {"run": run.name, "family": model.family, "attention": known["attention"],
             "seed": known["seed"], "settings": settings,
-            "metric": model.metric, "fp": fp, "quantized": quantized,
+            "metric": model.metric, "fp": None if model.metric == "sqnr" else fp, "quantized": quantized,
             "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
             "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **by_tap}
 
@@ -53,7 +53,7 @@ def runs_table(rows):
     """The paper's columns in Markdown, a row per run."""
     lines = []
     for row in rows:
-        cells = {"run": row["run"], "metric": METRICS[row["metric"]], "FP32": f"{row['fp']:.4g}",
+        cells = {"run": row["run"], "metric": METRICS[row["metric"]], "FP32": "–" if row["fp"] is None else f"{row['fp']:.4g}",
                  "max inf norm": f"{row['max_inf_norm']:.3g}", "avg kurtosis (not excess)": f"{row['avg_kurtosis']:.3g}"}
         for key, result in row["quantized"].items():
             width = f"W{key.replace('x', 'A')}"

@@ -1,0 +1,305 @@
+"""Published checkpoints as minq's models: BERT, OPT and ViT, under Hugging Face's names or timm's.
+
+    found = convert(folder)         # of config.json and model.safetensors (sharded or not) or pytorch_model.bin
+    found.family, found.config, found.state_dict
+
+The architectures are the paper's, so a checkpoint fits after its tensors have been renamed, and three things
+that minq does not have are folded into weights that it has: BERT's segment embedding into the positions (there
+is one segment), the two unused rows of OPT's position table, and a ViT's pixel normalization into its patches.
+What is not one of these models is refused in one line.
+"""
+import hashlib
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from minq.errors import UserError
+from minq.model import ACTIVATIONS, FAMILIES
+
+
+@dataclass
+class Converted:
+    """A checkpoint in minq's terms: `config` are the fields of the family's Config."""
+    family: str
+    config: dict
+    state_dict: dict
+    sha256: str  # of the files of weights
+
+
+def convert(folder, seq_len=None):
+    """Read a checkpoint's folder. Text models keep the first `seq_len` positions (BERT 128, OPT 512 by default).
+
+    Raises UserError, in one line, if it is not a BERT, OPT or ViT that minq can be.
+    """
+    config = read_json(Path(folder, "config.json"))
+    kind = config.get("model_type") or ("timm" if "architecture" in config else None)
+    if "quantization_config" in config:
+        raise UserError(f"{folder}: a quantized checkpoint; expected one in floating point")
+    if kind not in KINDS:
+        raise UserError(f"{folder}: its model_type is {kind!r}; expected one of {', '.join(KINDS)}")
+    tensors, sha256 = read_weights(Path(folder))
+    source = Source(folder, config, tensors)
+    family, settings, state = KINDS[kind](source, seq_len)
+    source.require_nothing_left()
+
+    build = FAMILIES[family]
+    try:
+        with torch.device("meta"):  # shapes only
+            model = build(build.config_class(**settings))
+    except UserError as error:
+        raise UserError(f"{folder}: config.json: {error}") from None
+    for name, expected in model.state_dict().items():
+        found = state[name]
+        if found.shape != expected.shape:
+            raise UserError(f"{folder}: {source.origin.get(name, name)} has shape {tuple(found.shape)}; "
+                            f"config.json asks for {tuple(expected.shape)}")
+    return Converted(family, asdict(model.config), state, sha256)
+
+
+# ---- files ----
+
+def read_json(path):
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise UserError(f"{path}: is no JSON") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: holds a {type(content).__name__}; expected an object")
+    return content
+
+
+def read_weights(folder):
+    """({name: tensor}, SHA-256 of the files) of model.safetensors, its shards, or pytorch_model.bin."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        index = folder / f"{name}.index.json"
+        if index.exists():
+            shards = read_json(index).get("weight_map")
+            if not isinstance(shards, dict) or any(Path(str(shard)).name != shard for shard in shards.values()):
+                raise UserError(f"{index}: names no shards in its weight_map")
+            paths = [folder / shard for shard in sorted(set(shards.values()))]
+        elif (folder / name).exists():
+            paths = [folder / name]
+        else:
+            continue
+        tensors, digest = {}, hashlib.sha256()
+        for path in paths:
+            tensors |= read_tensors(path)
+            digest.update(path.read_bytes())
+        return tensors, digest.hexdigest()
+    raise UserError(f"{folder}: no weights; expected model.safetensors (or its shards) or pytorch_model.bin")
+
+
+def read_tensors(path):
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+            tensors = load_file(path)
+        else:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+            raise TypeError
+    except ImportError:
+        raise UserError(f"{path}: needs safetensors: pip install -e '.[pretrained]'") from None
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file, but its index names it") from None
+    except Exception:  # bytes that are no checkpoint raise anything
+        raise UserError(f"{path}: truncated, or not a file of weights") from None
+    return tensors
+
+
+class Source:
+    """The tensors of a checkpoint, taken one by one; what is left in the end has no place in minq's model."""
+
+    def __init__(self, name, config, tensors):
+        self.name, self.config, self.origin = name, config, {}
+        # prefixes by which a model with a head differs from one without, and names of the TensorFlow age
+        clean = lambda key: re.sub(r"^(bert|vit|model)\.|^decoder\.", "", re.sub(r"^model\.decoder\.", "", key))
+        self.tensors = {clean(key).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"):
+                        tensor for key, tensor in tensors.items()}
+
+    def setting(self, key, kind=int, default=None):
+        value = self.config.get(key, default)
+        if type(value) is int and kind is float:
+            value = float(value)
+        if type(value) is not kind or kind in (int, float) and not 0 < value < 1e6:
+            raise UserError(f"{self.name}: config.json: {key} is {value!r}; expected a {kind.__name__}")
+        return value
+
+    def require(self, key, *allowed, default=None):
+        value = self.config.get(key, allowed[0] if default is None else default)
+        if value not in allowed:
+            raise UserError(f"{self.name}: config.json: {key} is {value!r}; expected {' or '.join(map(repr, allowed))}")
+        return value
+
+    def take(self, *keys, into=None):
+        """The tensors of these names, stacked, in float32."""
+        missing = [key for key in keys if key not in self.tensors]
+        if missing:
+            raise UserError(f"{self.name}: has no tensor {missing[0]}")
+        taken = [self.tensors.pop(key) for key in keys]
+        for key, tensor in zip(keys, taken):
+            if not tensor.is_floating_point():
+                raise UserError(f"{self.name}: {key} is {tensor.dtype}; expected floating point")
+            if tensor.shape[1:] != taken[0].shape[1:] or tensor.dim() == 0:
+                raise UserError(f"{self.name}: {key} has shape {tuple(tensor.shape)}, {keys[0]} {tuple(taken[0].shape)}")
+        self.origin[into] = keys[0]
+        return torch.cat([tensor.float() for tensor in taken])
+
+    def modules(self, names, ours="", theirs=""):
+        """A state dict of weights and biases. names: ours -> theirs, or a tuple of theirs to be stacked."""
+        state = {}
+        for name, others in names.items():
+            others = (others,) if isinstance(others, str) else others
+            for part in ("weight", "bias"):
+                into = f"{ours}{name}.{part}"
+                state[into] = self.take(*(f"{theirs}{other}.{part}" for other in others), into=into)
+        return state
+
+    def layers(self, names, prefix, n):
+        found = {int(match[1]) for key in self.tensors if (match := re.match(re.escape(prefix) + r"(\d{1,4})\.", key))}
+        if found != set(range(n)):
+            raise UserError(f"{self.name}: has {len(found)} layers; config.json says {n}")
+        state = {}
+        for i in range(n):
+            state |= self.modules(names, f"layers.{i}.", f"{prefix}{i}.")
+        return state
+
+    def drop(self, pattern):
+        self.tensors = {key: tensor for key, tensor in self.tensors.items() if not re.match(pattern, key)}
+
+    def require_nothing_left(self):
+        if self.tensors:
+            what = " ".join(self.config.get("architectures") or [str(self.config.get("architecture", ""))])
+            raise UserError(f"{self.name}: {what} has {min(self.tensors)}, for which minq's model has no place; expected "
+                            "BERT with its masked-LM head or without any, OPT for causal language modelling, or a ViT classifier")
+
+
+# ---- the models ----
+
+def bert(source, seq_len):
+    """BertForMaskedLM, BertForPreTraining, or BertModel: an encoder without a head."""
+    source.require("position_embedding_type", "absolute")
+    source.require("is_decoder", False)
+    T = min(seq_len or 128, source.setting("max_position_embeddings"))
+    settings = dict(
+        layers=source.setting("num_hidden_layers"), width=source.setting("hidden_size"),
+        heads=source.setting("num_attention_heads"), ffn=source.setting("intermediate_size"), seq_len=T,
+        activation=source.require("hidden_act", *ACTIVATIONS), norm_eps=source.setting("layer_norm_eps", float, 1e-12),
+        vocab_size=source.setting("vocab_size"), masked_head="cls.predictions.bias" in source.tensors)
+    state = source.layers({
+        "attention.qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+        "attention.proj": "attention.output.dense", "norm1": "attention.output.LayerNorm",
+        "ffn_up": "intermediate.dense", "ffn_down": "output.dense", "norm2": "output.LayerNorm"}, "encoder.layer.", settings["layers"])
+    state |= source.modules({"embedding_norm": "embeddings.LayerNorm"})
+    table = state["token_embedding.weight"] = source.take("embeddings.word_embeddings.weight", into="token_embedding.weight")
+    positions = source.take("embeddings.position_embeddings.weight", into="position_embedding.weight")
+    segments = source.take("embeddings.token_type_embeddings.weight")
+    if positions.shape[1:] != segments.shape[1:]:
+        raise UserError(f"{source.name}: position and token type embeddings are {tuple(positions.shape)} and {tuple(segments.shape)}")
+    state["position_embedding.weight"] = positions[:T] + segments[0]  # every token is of the first segment
+    if settings["masked_head"]:
+        state |= source.modules({"head.transform": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm"})
+        state["head.decoder.weight"] = tied(source, "cls.predictions.decoder.weight", table)
+        state["head.decoder.bias"] = source.take("cls.predictions.bias", into="head.decoder.bias")
+    source.drop(r"pooler\.|cls\.seq_relationship\.|cls\.predictions\.decoder\.bias|embeddings\.position_ids")
+    return "bert", settings, state
+
+
+def opt(source, seq_len):
+    """OPTForCausalLM or OPTModel, pre-LN (125m, 1.3b and larger)."""
+    source.require("do_layer_norm_before", True)
+    for key in ("enable_bias", "layer_norm_elementwise_affine", "tie_word_embeddings"):
+        source.require(key, True)
+    source.require("_remove_final_layer_norm", False)
+    width = source.setting("hidden_size")
+    source.require("word_embed_proj_dim", width)
+    T = min(seq_len or 512, source.setting("max_position_embeddings"))
+    settings = dict(
+        layers=source.setting("num_hidden_layers"), width=width, heads=source.setting("num_attention_heads"),
+        ffn=source.setting("ffn_dim"), seq_len=T, activation=source.require("activation_function", "relu", *ACTIVATIONS),
+        vocab_size=source.setting("vocab_size"))
+    state = source.layers({
+        "attention.qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "attention.proj": "self_attn.out_proj",
+        "norm1": "self_attn_layer_norm", "ffn_up": "fc1", "ffn_down": "fc2", "norm2": "final_layer_norm"}, "layers.", settings["layers"])
+    state |= source.modules({"final_norm": "final_layer_norm"})
+    table = state["token_embedding.weight"] = source.take("embed_tokens.weight", into="token_embedding.weight")
+    positions = source.take("embed_positions.weight", into="position_embedding.weight")
+    state["position_embedding.weight"] = positions[2:2 + T]  # OPT counts from 2
+    state["decoder.weight"] = tied(source, "lm_head.weight", table)
+    return "opt", settings, state
+
+
+def tied(source, key, table):
+    """The output layer's table, which must be the token embedding's if it is there at all."""
+    if key in source.tensors and not torch.equal(source.take(key), table):
+        raise UserError(f"{source.name}: {key} is not the token embedding; expected a tied output layer")
+    return table
+
+
+def vit(source, seq_len):
+    """ViTForImageClassification."""
+    source.require("qkv_bias", True)
+    source.require("num_channels", 3)
+    pixels = Path(source.name, "preprocessor_config.json")
+    normalization = read_json(pixels) if pixels.exists() else {}
+    settings = dict(
+        layers=source.setting("num_hidden_layers"), width=source.setting("hidden_size"),
+        heads=source.setting("num_attention_heads"), ffn=source.setting("intermediate_size"),
+        activation=source.require("hidden_act", *ACTIVATIONS), norm_eps=source.setting("layer_norm_eps", float, 1e-12))
+    state = source.layers({
+        "attention.qkv": tuple(f"attention.attention.{part}" for part in ("query", "key", "value")),
+        "attention.proj": "attention.output.dense", "norm1": "layernorm_before",
+        "ffn_up": "intermediate.dense", "ffn_down": "output.dense", "norm2": "layernorm_after"}, "encoder.layer.", settings["layers"])
+    state |= source.modules({"final_norm": "layernorm", "head": "classifier"})
+    state |= patches(source, "embeddings.patch_embeddings.projection", "embeddings.cls_token", "embeddings.position_embeddings",
+                     normalization.get("image_mean"), normalization.get("image_std"))
+    source.drop(r"pooler\.")
+    sizes = dict(image_size=source.setting("image_size"), patch_size=source.setting("patch_size"))
+    return "vit", settings | sizes | {"classes": len(state["head.bias"])}, state
+
+
+def timm(source, seq_len):
+    """A vit_*_patchN_S of timm, classified by its [CLS] token; its heads are 64 wide unless model_args says otherwise."""
+    cfg = source.config.get("pretrained_cfg") or {}
+    state = {}
+    n = 1 + max((int(key.split(".")[1]) for key in source.tensors if re.match(r"blocks\.\d{1,4}\.", key)), default=-1)
+    state |= source.layers({"attention.qkv": "attn.qkv", "attention.proj": "attn.proj", "norm1": "norm1", "ffn_up": "mlp.fc1",
+                            "ffn_down": "mlp.fc2", "norm2": "norm2"}, "blocks.", n)
+    state |= source.modules({"final_norm": "norm", "head": "head"})
+    if "patch_embed.proj.weight" not in source.tensors or source.tensors["patch_embed.proj.weight"].dim() != 4:
+        raise UserError(f"{source.name}: {source.config['architecture']!r} has no patch embedding; expected a plain vit_*")
+    size = source.tensors["patch_embed.proj.weight"].shape[-1]
+    state |= patches(source, "patch_embed.proj", "cls_token", "pos_embed", cfg.get("mean"), cfg.get("std"))
+    width = len(state["final_norm.weight"])
+    side = round((len(state["position_embedding.weight"]) - 1) ** 0.5)
+    heads = (source.config.get("model_args") or {}).get("num_heads", max(1, width // 64))
+    if type(heads) is not int or heads < 1:
+        raise UserError(f"{source.name}: config.json: num_heads is {heads!r}; expected an int")
+    settings = dict(layers=n, width=width, heads=heads, ffn=len(state["layers.0.ffn_up.bias"]) if n else 1, norm_eps=1e-6,
+                    image_size=side * size, patch_size=size, classes=len(state["head.bias"]))
+    return "vit", settings, state
+
+
+def patches(source, projection, cls, positions, mean, std):
+    """Patch embedding, [CLS] and positions. minq's ViT sees u = 2 x - 1; the published one (x - mean) / std, which is
+    u / (2 std) + (0.5 - mean) / std: a scale for the weights of each colour, and a constant for the bias."""
+    mean, std = (torch.tensor([0.5] * 3 if values is None else values, dtype=torch.float32) for values in (mean, std))
+    if mean.shape != (3,) or std.shape != (3,) or not (std > 0).all():
+        raise UserError(f"{source.name}: pixels have mean {mean.tolist()} and deviation {std.tolist()}; expected three of each")
+    weight = source.take(f"{projection}.weight", into="patch_embedding.weight")  # (width, 3, size, size)
+    bias = source.take(f"{projection}.bias", into="patch_embedding.bias")
+    if weight.dim() != 4 or weight.shape[1] != 3:
+        raise UserError(f"{source.name}: {projection}.weight has shape {tuple(weight.shape)}; expected (width, 3, size, size)")
+    by_colour = weight.sum(dim=(2, 3))  # (width, 3)
+    return {"patch_embedding.weight": (weight / (2 * std)[:, None, None]).flatten(1),
+            "patch_embedding.bias": bias + by_colour @ ((0.5 - mean) / std),
+            "cls_embedding.weight": source.take(cls, into="cls_embedding.weight")[0],
+            "position_embedding.weight": source.take(positions, into="position_embedding.weight")[0]}
+
+
+KINDS = {"bert": bert, "opt": opt, "vit": vit, "timm": timm}
