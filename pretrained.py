@@ -8,7 +8,9 @@ BERT with its masked-LM head or without any, OPT (125m and the other pre-LN size
 without a head has nothing to predict: its metric is how near its last hidden states stay to floating point.
 """
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +25,9 @@ from minq.runs import open_run
 
 TEXT_BYTES = 4 * 2 ** 20  # of text are tokenized at most: calibration and evaluation need less
 SPECIALS = {"bert": ("[PAD]", "[CLS]", "[SEP]", "[MASK]"), "opt": ("<pad>", "</s>", "<s>", "<unk>")}  # OPT starts with </s>
-WANTED = ("config.json", "preprocessor_config.json", "tokenizer*.json", "vocab.*", "merges.txt")
+WANTED = ("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "merges.txt")
+WEIGHTS = [(f"{name}.{kind}", f"{name}.{kind}.index.json", f"{name}-*-of-*.{kind}")  # and no other copy of them
+           for name, kind in (("model", "safetensors"), ("pytorch_model", "bin"))]
 INSTALL = "pip install -e '.[pretrained]'"
 
 
@@ -40,12 +44,15 @@ def main(argv=None):
     parser.add_argument("--batch-size", type=flags.positive, default=8, help="sequences per batch of calibration and evaluation")
     parser.add_argument("--eval-batches", type=flags.positive, default=6, help="validation batches")
     args = parser.parse_args(argv)
-    out = Path(args.out or Path("runs", Path(args.name).resolve().name if Path(args.name).is_dir() else Path(args.name).name))
-    if out.exists() and not args.overwrite:
+    is_folder = os.path.isdir(args.name)
+    out = Path(args.out or Path("runs", Path(args.name).resolve().name if is_folder else Path(args.name).name))
+    if os.path.exists(out) and not args.overwrite:
         raise UserError(f"--out {out}: already exists; replace it with --overwrite, or name another --out")
+    if os.path.exists(out) and not (out / "checkpoint.pt").is_file():  # it could be somebody's home
+        raise UserError(f"--out {out}: holds no run; --overwrite replaces nothing else")
 
     # ---- the model ----
-    folder, revision = (Path(args.name), None) if Path(args.name).is_dir() else download(args.name)
+    folder, revision = (Path(args.name), None) if is_folder else download(args.name)
     found = convert(folder, args.seq_len)
     for flag in ("text", "seq_len") if found.family == "vit" else ("images",):
         if getattr(args, flag):
@@ -54,7 +61,8 @@ def main(argv=None):
                 "source": args.name, "revision": revision, "weights_sha256": found.sha256}
 
     # ---- its data, and the run: complete, or not there at all ----
-    new = out.with_name(out.name + ".new")
+    place = Path(os.path.realpath(out))  # --out may be . or a link
+    new = place.with_name(place.name + ".new")
     shutil.rmtree(new, ignore_errors=True)
     try:
         new.mkdir(parents=True)
@@ -64,13 +72,16 @@ def main(argv=None):
             settings |= text_data(folder, args.text, found, new)
         checkpoint = {"format": "minq 1", "family": found.family, "config": found.config, "model": found.state_dict,
                       "args": settings, "data_sha256": settings.pop("data_sha256"), "step": 0}
-        torch.save(checkpoint, new / "checkpoint.pt")
+        try:
+            torch.save(checkpoint, new / "checkpoint.pt")
+        except RuntimeError:  # what it makes of a full disk
+            raise OSError(f"{new / 'checkpoint.pt'} could not be completed") from None
         run = open_run(new, torch.device("cpu"))
-        if out.exists():
-            shutil.rmtree(out)
-        new.rename(out)
+        if place.exists():
+            shutil.rmtree(place)
+        new.rename(place)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written: {error.strerror}") from None
+        raise UserError(f"--out {out}: cannot be written: {error.strerror or error}") from None
     finally:
         shutil.rmtree(new, ignore_errors=True)
 
@@ -84,45 +95,54 @@ def main(argv=None):
 def download(name):
     """(folder, revision) of a model of the Hub, in its cache."""
     try:
-        from huggingface_hub import HfApi, snapshot_download
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.utils import disable_progress_bars, logging
     except ImportError:
         raise UserError(f"{name}: no such folder; to download a model of that name: {INSTALL}") from None
+    logging.set_verbosity_error()  # what goes wrong is said below
+    if not sys.stderr.isatty():
+        disable_progress_bars()
     try:
-        info = HfApi().model_info(name)
-        files = [file.rfilename for file in info.siblings]
-        weights = "model*.safetensors*" if any(file.endswith(".safetensors") and "/" not in file for file in files) else "pytorch_model*.bin*"
-        folder = snapshot_download(name, revision=info.sha, allow_patterns=[*WANTED, weights])
-    except Exception as first:  # offline, unknown, broken off: whatever it is, an earlier download may be there
-        try:
-            folder = snapshot_download(name, local_files_only=True)
-        except Exception:
-            reason = " ".join(str(first).split())[:200]
-            raise UserError(f"{name}: no such folder, and it cannot be downloaded from the Hub: {reason}") from None
-    return Path(folder), Path(folder).name  # the cache names a snapshot by its commit
+        for weights in WEIGHTS:  # where the Hub cannot be reached, this gives an earlier download, if complete
+            folder = Path(snapshot_download(name, allow_patterns=[*WANTED, *weights]))
+            if any((folder / file).exists() for file in weights[:2]):
+                break
+    except Exception as error:  # offline, unknown, broken off: each has exceptions of its own
+        raise UserError(f"{name}: no such folder, and it cannot be downloaded from the Hub: {in_one_line(error)}") from None
+    return folder, folder.name  # the cache names a snapshot by its commit
+
+
+def in_one_line(error):
+    return " ".join(str(error).split())[:200]
 
 
 # ---- data ----
 
 def text_data(folder, source, found, new):
     """Tokenize text with the model's own tokenizer into tokens.bin, and its words beside it; the settings of the run's data."""
-    tokenizer = read_tokenizer(folder, found.family)
+    tokenizer, vocab_size, T = read_tokenizer(folder, found.family), found.config["vocab_size"], found.config["seq_len"]
     ids = [tokenizer.token_to_id(special) for special in SPECIALS[found.family]]
     if None in ids:
         raise UserError(f"{folder}: its tokenizer has no {SPECIALS[found.family][ids.index(None)]}")
     text = (read_bytes(Path(source), flag="--text") if source else stdlib_source())[:TEXT_BYTES]
     lines = text.decode(errors="replace").splitlines(keepends=True)
     pieces = ["".join(lines[i:i + 200]) for i in range(0, len(lines), 200)]
-    encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
+    try:
+        encoded = tokenizer.encode_batch(pieces, add_special_tokens=False)
+    except Exception as error:  # the tokenizers library raises plain Exceptions: here, of an unknown word
+        raise UserError(f"{folder}: its tokenizer fails: {in_one_line(error)}") from None
     tokens = np.concatenate([np.array(piece.ids, dtype=np.int64) for piece in encoded])
-    vocab_size = found.config["vocab_size"]
-    words = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if vocab_size > 2 ** 16 or tokens.max(initial=0) >= vocab_size or max(ids) >= vocab_size or words[-1][1] != len(words) - 1:
-        raise UserError(f"{folder}: its tokenizer has ids up to {max(tokens.max(initial=0), words[-1][1])}, its vocabulary "
-                        f"{vocab_size} tokens; expected the tokens to fit, and at most 65536 of them")
+    if len(tokens) < 10 * T:
+        raise UserError(f"--text {source or 'stdlib'}: has {len(tokens)} tokens; expected {10 * T}, for its last tenth must hold a sequence")
+    words = {i: word for word, i in tokenizer.get_vocab().items()}
+    if vocab_size > 2 ** 16 or max(words) >= vocab_size:
+        raise UserError(f"{folder}: its tokenizer has ids up to {max(words)}, the model {vocab_size} tokens; "
+                        "expected the ids to fit, and at most 65536 of them")
     tokens.astype("<u2").tofile(new / "tokens.bin")
     shown = {"Ġ": "␣", "Ċ": "↵"}  # a byte-level tokenizer's space and newline
-    (new / "tokens.json").write_text(json.dumps(["".join(shown.get(c, c) for c in word) for word, _ in words]))
-    settings = {"data": "tokens.bin", "vocab_size": vocab_size, "special_ids": ids, "seq_len": found.config["seq_len"]}
+    names = ["".join(shown.get(c, c) for c in words.get(i, str(i))) for i in range(max(words) + 1)]  # a few skip an id
+    (new / "tokens.json").write_text(json.dumps(names))
+    settings = {"data": "tokens.bin", "vocab_size": vocab_size, "special_ids": ids, "seq_len": T}
     if found.family == "bert":
         settings["mask_prob"] = 0.15 if found.config["masked_head"] else 0.0
     return settings | {"data_sha256": load_text(new / "tokens.bin", vocab_size, ids).sha256}
@@ -149,7 +169,7 @@ def read_tokenizer(folder, family):
     except UserError:
         raise
     except Exception as error:  # the tokenizers library raises plain Exceptions
-        raise UserError(f"{folder}: its tokenizer cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"{folder}: its tokenizer cannot be read: {in_one_line(error)}") from None
     raise UserError(f"{folder}: no tokenizer; expected tokenizer.json, or vocab.txt (BERT), or vocab.json and merges.txt (OPT)")
 
 

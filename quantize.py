@@ -14,13 +14,14 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from minq import flags
-from minq.damage import by_kind, fidelity, floating_states
+from minq.damage import by_kind, scores
 from minq.errors import UserError, one_line_errors
 from minq.outliers import watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, quantize_model
+from minq.remedies import compare
 from minq.runs import open_run
-from minq.tables import json_row, mean_and_std, runs_table, taps_table, with_std
-from minq.training import evaluate, pick_device
+from minq.tables import EXTRA_TABLES, json_row, mean_and_std, runs_table, with_std
+from minq.training import pick_device
 
 
 @one_line_errors
@@ -43,6 +44,8 @@ def main(argv=None):
     add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
     add("--sqnr", action="store_true", help="also the last hidden states' signal-to-noise ratio (minq/damage.py)")
     add("--taps", action="store_true", help="also quantize one kind of tensor at a time, at the first width")
+    add("--remedies", action="store_true", help="also every remedy of minq/remedies.py, at --bits")
+    add("--bits", type=flags.bits, nargs="+", default=[8, 6, 4], help="of weights and activations, for --remedies")
     add("--json", metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
@@ -60,17 +63,20 @@ def main(argv=None):
         for run in runs:
             taps = ("ffn_output", "layer_output", *run.model.kurtosis_taps)
             with watch(run.model, taps) as outliers:
-                fp = scores(run, run.model, args)[run.model.metric]
+                fp = scores(run, run.model, args.sqnr, args.eval_batches)[run.model.metric]
             quantized = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
             rows.append(json_row(run, fp, quantized, outliers))
             if args.taps:
                 build = lambda: quantize_model(copy.deepcopy(run.model), *widths[0], *pairs[0], args.w_granularity)
                 rows[-1]["taps"] = by_kind(run, build, args.batches, args.eval_batches)
+            if args.remedies:
+                rows[-1]["remedies"] = compare(run, args.bits, args.seeds, args.batches, args.eval_batches)
 
     # ---- report ----
     print(runs_table(rows))
-    for each in rows if args.taps else ():
-        print(f"\n{taps_table(each)}")
+    for each in rows:
+        for extra in EXTRA_TABLES.keys() & each.keys():
+            print(f"\n{EXTRA_TABLES[extra](each)}")
     if args.json:
         try:
             Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
@@ -87,7 +93,7 @@ def best_of(run, w_bits, a_bits, pairs, args, progress):
             model = quantize_model(copy.deepcopy(run.model), w_bits, a_bits, *pair, args.w_granularity)
             run.calibrate(model, seed, args.batches)
             with parametrize.cached():
-                found.append(scores(run, model, args))
+                found.append(scores(run, model, args.sqnr, args.eval_batches))
             progress.update()
         over_seeds = {name: mean_and_std([each[name] for each in found]) for name in found[0]}
         name = "{} weights, {} activations".format(*pair)
@@ -97,15 +103,6 @@ def best_of(run, w_bits, a_bits, pairs, args, progress):
         mark = " <- best" if result is best else ""
         progress.write(f"{run.name} W{w_bits}A{a_bits}, {name}: {with_std(result)}{mark}")
     return best
-
-
-def scores(run, model, args):
-    """The run's metric, with --sqnr also how far the last hidden states are from floating point."""
-    metric = run.model.metric
-    near = fidelity(model, floating_states(run, args.eval_batches)) if args.sqnr or metric == "sqnr" else {}
-    if metric == "sqnr":
-        return near
-    return near | {metric: evaluate(model, run.validation(args.eval_batches), run.device)[metric]}
 
 
 if __name__ == "__main__":

@@ -52,13 +52,24 @@ def fidelity(model, states):
     return {"sqnr": math.inf if error == 0 else 10 * math.log10(signal / error), "cosine": cosines / tokens}
 
 
+def scores(run, model, with_sqnr=True, eval_batches=None):
+    """{metric: value} of a model that stands for the run's, and its fidelity, if asked for or if that is the metric."""
+    metric = run.model.metric
+    near = fidelity(model, floating_states(run, eval_batches)) if with_sqnr or metric == "sqnr" else {}
+    return near if metric == "sqnr" else near | {metric: evaluate(model, run.validation(eval_batches), run.device)[metric]}
+
+
 # ---- one tensor at a time ----
 
 def quantizers(model):
-    """name -> quantizer: of a tap by its name without the suffix, of a weight by its module's."""
-    suffixes = {ActivationQuantizer: "_tap", WeightQuantizer: ".parametrizations.weight.0"}
-    return {name.removesuffix(suffixes[type(module)]): module for name, module in model.named_modules()
-            if type(module) in suffixes}
+    """name -> quantizer: "layers.0.norm1" of a tap, "layers.0.norm1.weight" of a weight."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, ActivationQuantizer):
+            found[name.removesuffix("_tap")] = module
+        if isinstance(module, WeightQuantizer):
+            found[name.replace(".parametrizations.weight.0", ".weight")] = module
+    return found
 
 
 def taps_of(model):

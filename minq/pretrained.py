@@ -10,6 +10,7 @@ What is not one of these models is refused in one line.
 """
 import hashlib
 import json
+import math
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ def convert(folder, seq_len=None):
     kind = config.get("model_type") or ("timm" if "architecture" in config else None)
     if "quantization_config" in config:
         raise UserError(f"{folder}: a quantized checkpoint; expected one in floating point")
-    if kind not in KINDS:
+    if kind not in list(KINDS):  # it may be anything that JSON can hold
         raise UserError(f"{folder}: its model_type is {kind!r}; expected one of {', '.join(KINDS)}")
     tensors, sha256 = read_weights(Path(folder))
     source = Source(folder, config, tensors)
@@ -51,6 +52,8 @@ def convert(folder, seq_len=None):
             model = build(build.config_class(**settings))
     except UserError as error:
         raise UserError(f"{folder}: config.json: {error}") from None
+    except RuntimeError:  # sizes that overflow
+        raise UserError(f"{folder}: config.json asks for more than any memory can hold") from None
     for name, expected in model.state_dict().items():
         found = state[name]
         if found.shape != expected.shape:
@@ -66,7 +69,7 @@ def read_json(path):
         content = json.loads(path.read_text())
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: is no JSON") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds a {type(content).__name__}; expected an object")
@@ -101,7 +104,7 @@ def read_tensors(path):
             tensors = load_file(path)
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
-        if not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        if not all(isinstance(key, str) and isinstance(tensor, torch.Tensor) for key, tensor in tensors.items()):
             raise TypeError
     except ImportError:
         raise UserError(f"{path}: needs safetensors: pip install -e '.[pretrained]'") from None
@@ -121,6 +124,8 @@ class Source:
         clean = lambda key: re.sub(r"^(bert|vit|model)\.|^decoder\.", "", re.sub(r"^model\.decoder\.", "", key))
         self.tensors = {clean(key).replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"):
                         tensor for key, tensor in tensors.items()}
+        if len(self.tensors) < len(tensors):
+            raise UserError(f"{name}: has a tensor twice, with and without its model's prefix, or under its old name, too")
 
     def setting(self, key, kind=int, default=None):
         value = self.config.get(key, default)
@@ -136,6 +141,13 @@ class Source:
             raise UserError(f"{self.name}: config.json: {key} is {value!r}; expected {' or '.join(map(repr, allowed))}")
         return value
 
+    def length(self, seq_len, default):
+        """T: as --seq-len asks, or the default, or all that there are."""
+        most = self.setting("max_position_embeddings")
+        if seq_len and seq_len > most:
+            raise UserError(f"--seq-len {seq_len}: the model has {most} positions")
+        return seq_len or min(default, most)
+
     def take(self, *keys, into=None):
         """The tensors of these names, stacked, in float32."""
         missing = [key for key in keys if key not in self.tensors]
@@ -149,6 +161,13 @@ class Source:
                 raise UserError(f"{self.name}: {key} has shape {tuple(tensor.shape)}, {keys[0]} {tuple(taken[0].shape)}")
         self.origin[into] = keys[0]
         return torch.cat([tensor.float() for tensor in taken])
+
+    def table(self, key, into):
+        """A tensor (1, n, width), without its first dimension."""
+        tensor = self.take(key, into=into)
+        if tensor.dim() != 3 or len(tensor) != 1:
+            raise UserError(f"{self.name}: {key} has shape {tuple(tensor.shape)}; expected (1, n, width)")
+        return tensor[0]
 
     def modules(self, names, ours="", theirs=""):
         """A state dict of weights and biases. names: ours -> theirs, or a tuple of theirs to be stacked."""
@@ -174,7 +193,8 @@ class Source:
 
     def require_nothing_left(self):
         if self.tensors:
-            what = " ".join(self.config.get("architectures") or [str(self.config.get("architecture", ""))])
+            what = self.config.get("architectures") or self.config.get("architecture")
+            what = " ".join(map(str, what)) if isinstance(what, list) else what
             raise UserError(f"{self.name}: {what} has {min(self.tensors)}, for which minq's model has no place; expected "
                             "BERT with its masked-LM head or without any, OPT for causal language modelling, or a ViT classifier")
 
@@ -185,7 +205,7 @@ def bert(source, seq_len):
     """BertForMaskedLM, BertForPreTraining, or BertModel: an encoder without a head."""
     source.require("position_embedding_type", "absolute")
     source.require("is_decoder", False)
-    T = min(seq_len or 128, source.setting("max_position_embeddings"))
+    T = source.length(seq_len, default=128)
     settings = dict(
         layers=source.setting("num_hidden_layers"), width=source.setting("hidden_size"),
         heads=source.setting("num_attention_heads"), ffn=source.setting("intermediate_size"), seq_len=T,
@@ -199,14 +219,15 @@ def bert(source, seq_len):
     table = state["token_embedding.weight"] = source.take("embeddings.word_embeddings.weight", into="token_embedding.weight")
     positions = source.take("embeddings.position_embeddings.weight", into="position_embedding.weight")
     segments = source.take("embeddings.token_type_embeddings.weight")
-    if positions.shape[1:] != segments.shape[1:]:
+    if positions.shape[1:] != segments.shape[1:] or not len(segments):
         raise UserError(f"{source.name}: position and token type embeddings are {tuple(positions.shape)} and {tuple(segments.shape)}")
     state["position_embedding.weight"] = positions[:T] + segments[0]  # every token is of the first segment
     if settings["masked_head"]:
         state |= source.modules({"head.transform": "cls.predictions.transform.dense", "head.norm": "cls.predictions.transform.LayerNorm"})
         state["head.decoder.weight"] = tied(source, "cls.predictions.decoder.weight", table)
-        state["head.decoder.bias"] = source.take("cls.predictions.bias", into="head.decoder.bias")
-    source.drop(r"pooler\.|cls\.seq_relationship\.|cls\.predictions\.decoder\.bias|embeddings\.position_ids")
+        bias = state["head.decoder.bias"] = source.take("cls.predictions.bias", into="head.decoder.bias")
+        tied(source, "cls.predictions.decoder.bias", bias)
+    source.drop(r"pooler\.|cls\.seq_relationship\.|embeddings\.position_ids")
     return "bert", settings, state
 
 
@@ -218,7 +239,7 @@ def opt(source, seq_len):
     source.require("_remove_final_layer_norm", False)
     width = source.setting("hidden_size")
     source.require("word_embed_proj_dim", width)
-    T = min(seq_len or 512, source.setting("max_position_embeddings"))
+    T = source.length(seq_len, default=512)
     settings = dict(
         layers=source.setting("num_hidden_layers"), width=width, heads=source.setting("num_attention_heads"),
         ffn=source.setting("ffn_dim"), seq_len=T, activation=source.require("activation_function", "relu", *ACTIVATIONS),
@@ -235,9 +256,9 @@ def opt(source, seq_len):
 
 
 def tied(source, key, table):
-    """The output layer's table, which must be the token embedding's if it is there at all."""
+    """The output layer's table (or bias), which must be this one if it is there at all."""
     if key in source.tensors and not torch.equal(source.take(key), table):
-        raise UserError(f"{source.name}: {key} is not the token embedding; expected a tied output layer")
+        raise UserError(f"{source.name}: {key} has values of its own; expected a tied output layer")
     return table
 
 
@@ -245,8 +266,6 @@ def vit(source, seq_len):
     """ViTForImageClassification."""
     source.require("qkv_bias", True)
     source.require("num_channels", 3)
-    pixels = Path(source.name, "preprocessor_config.json")
-    normalization = read_json(pixels) if pixels.exists() else {}
     settings = dict(
         layers=source.setting("num_hidden_layers"), width=source.setting("hidden_size"),
         heads=source.setting("num_attention_heads"), ffn=source.setting("intermediate_size"),
@@ -257,29 +276,47 @@ def vit(source, seq_len):
         "ffn_up": "intermediate.dense", "ffn_down": "output.dense", "norm2": "layernorm_after"}, "encoder.layer.", settings["layers"])
     state |= source.modules({"final_norm": "layernorm", "head": "classifier"})
     state |= patches(source, "embeddings.patch_embeddings.projection", "embeddings.cls_token", "embeddings.position_embeddings",
-                     normalization.get("image_mean"), normalization.get("image_std"))
+                     *normalization(Path(source.name, "preprocessor_config.json")))
     source.drop(r"pooler\.")
     sizes = dict(image_size=source.setting("image_size"), patch_size=source.setting("patch_size"))
     return "vit", settings | sizes | {"classes": len(state["head.bias"])}, state
 
 
+def normalization(path):
+    """(mean, std) of a ViT's pixels, None where its processor's default of 0.5 holds."""
+    options = read_json(path) if path.exists() else {}
+    factor = options.get("rescale_factor", 1 / 255)
+    if options.get("do_rescale", True) is not True or not isinstance(factor, float) or not math.isclose(factor, 1 / 255, rel_tol=1e-5):
+        raise UserError(f"{path}: do_rescale is {options.get('do_rescale', True)!r}, rescale_factor {factor!r}; expected pixels from 0 to 1")
+    if options.get("do_normalize", True) is False:
+        return [0.0] * 3, [1.0] * 3
+    return options.get("image_mean"), options.get("image_std")
+
+
 def timm(source, seq_len):
-    """A vit_*_patchN_S of timm, classified by its [CLS] token; its heads are 64 wide unless model_args says otherwise."""
-    cfg = source.config.get("pretrained_cfg") or {}
+    """A vit_*_patchN_S of timm, classified by its [CLS] token."""
+    name = source.config.get("architecture")
+    if not re.fullmatch(r"(vit|deit)_\w+_patch\d+_\d+", str(name)):  # vit_*_rope_* would have the same tensors
+        raise UserError(f"{source.name}: config.json: architecture is {name!r}; expected a plain vit_*_patchN_S")
+    source.require("global_pool", "token")
+    cfg = source.setting("pretrained_cfg", dict, source.config)  # older files are flat
+    args = source.setting("model_args", dict, {})
+    unread = args.keys() - {"num_heads", "img_size", "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "mlp_ratio"}
+    if unread:  # most of these the tensors tell; another could change what they mean
+        raise UserError(f"{source.name}: config.json: model_args has {min(unread)}; expected a plain {name}")
     state = {}
     n = 1 + max((int(key.split(".")[1]) for key in source.tensors if re.match(r"blocks\.\d{1,4}\.", key)), default=-1)
     state |= source.layers({"attention.qkv": "attn.qkv", "attention.proj": "attn.proj", "norm1": "norm1", "ffn_up": "mlp.fc1",
                             "ffn_down": "mlp.fc2", "norm2": "norm2"}, "blocks.", n)
     state |= source.modules({"final_norm": "norm", "head": "head"})
-    if "patch_embed.proj.weight" not in source.tensors or source.tensors["patch_embed.proj.weight"].dim() != 4:
-        raise UserError(f"{source.name}: {source.config['architecture']!r} has no patch embedding; expected a plain vit_*")
-    size = source.tensors["patch_embed.proj.weight"].shape[-1]
     state |= patches(source, "patch_embed.proj", "cls_token", "pos_embed", cfg.get("mean"), cfg.get("std"))
     width = len(state["final_norm.weight"])
-    side = round((len(state["position_embedding.weight"]) - 1) ** 0.5)
-    heads = (source.config.get("model_args") or {}).get("num_heads", max(1, width // 64))
+    size = math.isqrt(state["patch_embedding.weight"].shape[1] // 3)
+    side = max(1, math.isqrt(max(0, len(state["position_embedding.weight"]) - 1)))
+    # up to ViT-L all heads are 64 wide, those of ViT-H and larger ones are not
+    heads = args.get("num_heads", width // 64 if width % 64 == 0 and width <= 1024 else None)
     if type(heads) is not int or heads < 1:
-        raise UserError(f"{source.name}: config.json: num_heads is {heads!r}; expected an int")
+        raise UserError(f"{source.name}: config.json: num_heads is {heads!r}; expected an int in its model_args")
     settings = dict(layers=n, width=width, heads=heads, ffn=len(state["layers.0.ffn_up.bias"]) if n else 1, norm_eps=1e-6,
                     image_size=side * size, patch_size=size, classes=len(state["head.bias"]))
     return "vit", settings, state
@@ -288,18 +325,25 @@ def timm(source, seq_len):
 def patches(source, projection, cls, positions, mean, std):
     """Patch embedding, [CLS] and positions. minq's ViT sees u = 2 x - 1; the published one (x - mean) / std, which is
     u / (2 std) + (0.5 - mean) / std: a scale for the weights of each colour, and a constant for the bias."""
-    mean, std = (torch.tensor([0.5] * 3 if values is None else values, dtype=torch.float32) for values in (mean, std))
-    if mean.shape != (3,) or std.shape != (3,) or not (std > 0).all():
-        raise UserError(f"{source.name}: pixels have mean {mean.tolist()} and deviation {std.tolist()}; expected three of each")
+    given = f"mean {mean!r} and deviation {std!r}"
+    try:
+        mean, std = (torch.tensor([0.5] * 3 if values is None else values, dtype=torch.float32) for values in (mean, std))
+        fit = mean.shape == std.shape == (3,) and (mean.isfinite() & std.isfinite() & (std > 0)).all()
+    except Exception:  # they may be anything that JSON can hold
+        fit = False
+    if not fit:
+        raise UserError(f"{source.name}: pixels have {given}; expected three numbers of each")
     weight = source.take(f"{projection}.weight", into="patch_embedding.weight")  # (width, 3, size, size)
     bias = source.take(f"{projection}.bias", into="patch_embedding.bias")
-    if weight.dim() != 4 or weight.shape[1] != 3:
+    if weight.dim() != 4 or weight.shape[1] != 3 or weight.numel() == 0:
         raise UserError(f"{source.name}: {projection}.weight has shape {tuple(weight.shape)}; expected (width, 3, size, size)")
+    if bias.shape != weight.shape[:1]:
+        raise UserError(f"{source.name}: {projection}.bias has shape {tuple(bias.shape)}, its weight {tuple(weight.shape)}")
     by_colour = weight.sum(dim=(2, 3))  # (width, 3)
     return {"patch_embedding.weight": (weight / (2 * std)[:, None, None]).flatten(1),
             "patch_embedding.bias": bias + by_colour @ ((0.5 - mean) / std),
-            "cls_embedding.weight": source.take(cls, into="cls_embedding.weight")[0],
-            "position_embedding.weight": source.take(positions, into="position_embedding.weight")[0]}
+            "cls_embedding.weight": source.table(cls, into="cls_embedding.weight"),
+            "position_embedding.weight": source.table(positions, into="position_embedding.weight")}
 
 
 KINDS = {"bert": bert, "opt": opt, "vit": vit, "timm": timm}

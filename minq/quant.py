@@ -173,17 +173,21 @@ class ActivationQuantizer(nn.Module):
 
     def forward(self, x):
         if self.estimating:
-            self.range.update(x)
-            self.scale, self.zero_point = affine_parameters(self.range.low, self.range.high, self.n_bits)
-        if not self.active:
-            return x
+            self.observe(x)
+        return self.on_grid(x) if self.active else x
+
+    def observe(self, x):
+        self.range.update(x)
+        self.scale, self.zero_point = affine_parameters(self.range.low, self.range.high, self.n_bits)
+
+    def on_grid(self, x):
         return fake_quantize(x, self.scale, self.zero_point, self.n_bits)
 
 
 # ---- the walk ----
 
-def quantize_model(model, w_bits=8, a_bits=8,
-                   w_estimator="minmax", a_estimator="running", w_granularity="tensor"):
+def quantize_model(model, w_bits=8, a_bits=8, w_estimator="minmax", a_estimator="running",
+                   w_granularity="tensor", a_quantizer=ActivationQuantizer):
     """Quantize all weights and taps of `model` in place and return it, ready for `calibrating`.
 
     Stays in floating point: what the model lists in `float_modules` (the final layer of BERT and
@@ -197,7 +201,7 @@ def quantize_model(model, w_bits=8, a_bits=8,
             continue
         if isinstance(module, Tap):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, ActivationQuantizer(a_bits, a_estimator))
+            setattr(model.get_submodule(parent), child, a_quantizer(a_bits, a_estimator))
         if isinstance(getattr(module, "weight", None), nn.Parameter):
             parts = getattr(module, "parts", 1)
             quantizer = WeightQuantizer(module.weight, w_bits, w_estimator, w_granularity, parts)
@@ -230,6 +234,6 @@ def calibrating(model):
     for name, quantizer in taps.items():
         if quantizer.range.low is None:
             raise UserError(f"{name}: nothing passed it; a tap that is never called must be None")
-        scale, low, high = (x.item() for x in (quantizer.scale, quantizer.range.low, quantizer.range.high))
+        scale, low, high = quantizer.scale.max().item(), quantizer.range.low.item(), quantizer.range.high.item()
         if not math.isfinite(scale):
             raise UserError(f"{name}: its calibrated scale is {scale}; the values range from {low} to {high}")

@@ -285,12 +285,15 @@ class OpenedRun:
         """Set the ranges of a quantized copy of the run's model, with batches of the training split."""
         try:
             with calibrating(model):
-                for i in range(batches):
-                    arrays = self.data.train_batch(CALIBRATION_SEED + seed, i, self.checkpoint["args"]["batch_size"])
-                    inputs, _ = to_device(self.data.to_model(*arrays), self.device)
+                for inputs in self.calibration_inputs(seed, batches):
                     model(*inputs)
         except UserError as error:
             raise UserError(f"{self.name}: {error}") from None
+
+    def calibration_inputs(self, seed, batches):
+        for i in range(batches):
+            arrays = self.data.train_batch(CALIBRATION_SEED + seed, i, self.checkpoint["args"]["batch_size"])
+            yield to_device(self.data.to_model(*arrays), self.device)[0]
 
 
 def open_run(folder, device, data_source=None, family=None):

@@ -71,6 +71,23 @@ def taps_table(row):
                          "SQNR dB ↑": f"{tap['sqnr']:.1f}"} for tap in row["taps"]])
 
 
+def remedies_table(row):
+    """What `--remedies` found: a row a remedy, the metric and SQNR at each width."""
+    lines = []
+    for remedy in row["remedies"]:
+        cells = {"remedy": remedy["remedy"]}
+        for key in row["remedies"][0]["quantized"]:
+            result = remedy["quantized"].get(key)
+            if row["metric"] != "sqnr":
+                cells[f"W{key.replace('x', 'A')}, {METRICS[row['metric']]}"] = with_std(result) if result else "–"
+            cells[f"W{key.replace('x', 'A')}, SQNR dB ↑"] = with_std(result["sqnr"], 3) if result else "–"
+        lines.append(cells | {"in floating point": remedy["floats"]})
+    return in_markdown(lines)
+
+
+EXTRA_TABLES = {"taps": taps_table, "remedies": remedies_table}
+
+
 def in_markdown(rows, words=1):
     """Rows, dicts with the same keys, as a table whose first `words` columns are words, the others numbers."""
     lines = ["| " + " | ".join(line) + " |" for line in (rows[0], *(row.values() for row in rows))]
