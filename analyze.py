@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from minq import flags
-from minq.analysis import (array, delimiter_share, group_shares, on_patches, outlier_patches, record, survey,
+from minq.analysis import (DELIMITERS, array, delimiter_share, group_shares, on_patches, outlier_patches, record, survey,
                            token_groups, token_names, worst_dimension)
 from minq.damage import by_layer
 from minq.errors import UserError, one_line_errors
@@ -199,7 +199,7 @@ def report_tokens(report, name, found, names, tap, is_bytes):
     shown = sorted((group for group in tokens if tokens[group]), key=lambda group: -carriers[group])
     report.table(["tokens", f"share of {quantity}", "share of all tokens"],
                  [[group, f"{100 * carriers[group]:.1f}%", f"{100 * tokens[group]:.1f}%"] for group in shown])
-    report.say(f"Delimiters ([CLS], [SEP]{', newline, space, punctuation' if is_bytes else ''}) carry "
+    report.say(f"Delimiters ({', '.join(name for name in DELIMITERS if tokens.get(name))}) carry "
                f"{100 * delimiter_share(carriers):.1f}% of {quantity}; "
                f"they are {100 * delimiter_share(tokens):.1f}% of all tokens.")
     report.draw("tokens", f"Which tokens carry the {quantity}", lambda f: f.shares(
