@@ -20,8 +20,9 @@ from minq import flags
 from minq.data import load_text, read_bytes, stdlib_source
 from minq.errors import UserError, one_line_errors
 from minq.images import IMAGES, load_images
-from minq.pretrained import convert, read_json
+from minq.pretrained import convert
 from minq.runs import open_run
+from minq.weights import read_json
 
 TEXT_BYTES = 4 * 2 ** 20  # of text are tokenized at most: calibration and evaluation need less
 SPECIALS = {"bert": ("[PAD]", "[CLS]", "[SEP]", "[MASK]"), "opt": ("<pad>", "</s>", "<s>", "<unk>")}  # OPT starts with </s>

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from minq.attention import QKV, Tap
+from minq.attention import QKV
 from minq.fake_quant import (DynamicQuantizer, DynamicWeightQuantizer, FakeQuantLinear, fake_quantization_off,
                              fake_quantize_training)
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig

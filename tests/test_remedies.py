@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minq.model import FAMILIES
-from minq.quant import ActivationQuantizer, affine_parameters, calibrating, fake_quantize
+from minq.quant import ActivationQuantizer, affine_parameters, calibrating
 from minq.remedies import REMEDIES, Groups, OutlierColumns, PerToken, Rotated, SinkInFloat, hadamard, smooth
 from running import SMALL, run
 
