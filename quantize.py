@@ -45,9 +45,11 @@ def main(argv=None):
     add("--sqnr", action="store_true", help="also the last hidden states' signal-to-noise ratio (minq/damage.py)")
     add("--taps", action="store_true", help="also quantize one kind of tensor at a time, at the first width")
     add("--remedies", action="store_true", help="also every remedy of minq/remedies.py, at --bits")
-    add("--bits", type=flags.bits, nargs="+", default=[8, 6, 4], help="of weights and activations, for --remedies")
+    add("--bits", type=flags.bits, nargs="+", help="of weights and activations for --remedies; by default 8 6 4")
     add("--json", metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
+    if args.bits and not args.remedies:
+        raise UserError(f"--bits {' '.join(map(str, args.bits))} needs --remedies; else see --w-bits and --a-bits")
     device = pick_device(args.device)
     widths = [(bits, bits) for bits in (8, 7, 6, 5, 4)] if args.sweep else [(args.w_bits, args.a_bits)]
     all_pairs = list(product(W_ESTIMATORS, A_ESTIMATORS))
@@ -70,12 +72,12 @@ def main(argv=None):
                 build = lambda: quantize_model(copy.deepcopy(run.model), *widths[0], *pairs[0], args.w_granularity)
                 rows[-1]["taps"] = by_kind(run, build, args.batches, args.eval_batches)
             if args.remedies:
-                rows[-1]["remedies"] = compare(run, args.bits, args.seeds, args.batches, args.eval_batches)
+                rows[-1]["remedies"] = compare(run, args.bits or (8, 6, 4), args.seeds, args.batches, args.eval_batches)
 
     # ---- report ----
     print(runs_table(rows))
     for each in rows:
-        for extra in EXTRA_TABLES.keys() & each.keys():
+        for extra in [name for name in EXTRA_TABLES if name in each]:
             print(f"\n{EXTRA_TABLES[extra](each)}")
     if args.json:
         try:

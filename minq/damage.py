@@ -16,6 +16,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
+from tqdm import tqdm
 
 from minq.outliers import listening
 from minq.quant import ActivationQuantizer, WeightQuantizer, switched
@@ -110,7 +111,8 @@ def by_kind(run, build, batches=16, eval_batches=None):
     kinds = {}
     for name in taps_of(model):
         kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    rows = [{"tap": kind, **damage(run, model, names, states, eval_batches)} for kind, names in kinds.items()]
+    bar = tqdm(kinds.items(), unit="tap", leave=False)
+    rows = [{"tap": kind, **damage(run, model, names, states, eval_batches)} for kind, names in bar]
     rows.sort(key=lambda row: row["sqnr"])
     every, taps = set(quantizers(model)), set(taps_of(model))
     for title, names in (("all activations", taps), ("all weights", every - taps), ("everything", every)):
@@ -123,9 +125,8 @@ def by_layer(run, build, batches=16, eval_batches=None):
     """(kinds, SQNR (kinds, layers)) with one tap of one layer quantized."""
     model, states = calibrated(run, build, (), batches), list(floating_states(run, eval_batches))
     sqnr = {}
-    for name in taps_of(model):
-        if name.startswith("layers."):
-            place = int(name.split(".")[1])
-            with only(model, [name]), parametrize.cached():
-                sqnr.setdefault(name.rpartition(".")[2], [math.nan] * run.model.config.layers)[place] = fidelity(model, states)["sqnr"]
+    for name in tqdm([name for name in taps_of(model) if name.startswith("layers.")], unit="tensor", leave=False):
+        in_layers = sqnr.setdefault(name.rpartition(".")[2], [math.nan] * run.model.config.layers)
+        with only(model, [name]), parametrize.cached():
+            in_layers[int(name.split(".")[1])] = fidelity(model, states)["sqnr"]
     return list(sqnr), list(sqnr.values())

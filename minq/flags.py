@@ -175,8 +175,8 @@ def steps_of(args, typed, steps_per_epoch):
 
 def check_attention(args, typed):
     """Refuse attention flags that would change nothing; of --alpha and --gamma the one that was typed counts."""
-    for name in READ_BY.keys() & typed.keys():
-        if args.attention not in READ_BY[name]:
+    for name in READ_BY:
+        if name in typed and args.attention not in READ_BY[name]:
             raise UserError(f"--{name.replace('_', '-')} {typed[name]} needs --attention {' or '.join(READ_BY[name])}, "
                             f"not {args.attention}")
     if "gate_hidden" in typed and args.gate != "mlp":

@@ -14,6 +14,7 @@ from functools import lru_cache, partial
 import torch
 import torch.nn as nn
 from torch.nn.utils import parametrize
+from tqdm import tqdm
 
 from minq.damage import scores
 from minq.fake_quant import token_range
@@ -197,18 +198,17 @@ def floats(model):
     return "1 token" if any(isinstance(module, SinkInFloat) for module in model.modules()) else ""
 
 
-def compare(run, widths=(8, 6, 4), seeds=3, batches=16, eval_batches=None, progress=lambda: None):
+def compare(run, widths=(8, 6, 4), seeds=3, batches=16, eval_batches=None):
     """[{remedy, quantized: {"8x8": {mean, std, all, sqnr: {...}}, ...}, floats}] for a run; one that does not apply has
-    an empty `quantized`. `progress` is called after each model."""
+    an empty `quantized`."""
     rows = []
-    for name, remedy in REMEDIES.items():
+    for name, remedy in tqdm(REMEDIES.items(), unit="remedy", leave=False):
         row = {"remedy": name, "quantized": {}, "floats": ""}
         for bits in widths:
             found = []
             for seed in range(seeds):
                 inputs = list(run.calibration_inputs(seed, batches))
                 model = remedy(copy.deepcopy(run.model), bits, bits, inputs)
-                progress()
                 if model is None:
                     break
                 run.calibrate(model, seed, batches)

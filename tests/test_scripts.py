@@ -136,6 +136,7 @@ def test_quantize_reports_bad_input_in_one_line(corpus, tmp_path):
     for command, message in [
             ([tmp_path / "nothing"], "no run here"),
             ([tmp_path / "run", "--w-bits", "1"], "--w-bits: 1: expected at least 2 and at most 16"),
+            ([tmp_path / "run", "--bits", "4"], "--bits 4 needs --remedies"),
             ([tmp_path / "run", "--a-bits", "17"], "--a-bits: 17: expected at least 2 and at most 16")]:
         _, err = run("quantize.py", *command, code=2)
         assert message in err and err.count("\n") == 1
