@@ -176,7 +176,7 @@ TABLE7 = (
 
 # ---- Table 2: the best of each family. The paper pairs cures that have LN decay or a patch LayerNorm with a
 # vanilla model that has neither; the vanilla row that has it stands beside it. BERT's gate is the linear one, not the
-# MLP that the paper found best for it: it is the one that needs no choice. ----
+# MLP that the paper found best for it: docs/laptop-recipe.md has its search with the linear one. ----
 
 
 def pick(table, *labels):
