@@ -209,6 +209,32 @@ def attention(args):
                    method_seconds(family, dropout, args), "vanilla")
 
 
+# ---- group: which precision is the right default for small models ----
+
+def precisions(args):
+    """A training step of the laptop presets' models in bf16 against fp32, at two widths."""
+    for family in TASKS:
+        for width in (64, 128):
+            steps = {precision: training_step(*laptop_task(family, width, args.device), argparse.Namespace(
+                device=args.device, precision=precision)) for precision in ("fp32", "bf16")}
+            seconds = in_turns(steps, 4 * args.rounds, args.device)
+            report(f"{family}'s laptop preset at width {width}: a training step", seconds, "fp32")
+
+
+def laptop_task(family, width, device):
+    """(model, its loss) on one batch of the laptop preset."""
+    shape = dict(layers=4, width=width, heads=4, init_std=0.05)
+    if family == "vit":
+        model = ViT(ViTConfig(**shape, image_size=32, patch_size=8))
+        inputs, targets = (torch.rand(64, 3, 32, 32),), torch.randint(10, (64,))
+    else:
+        loader = (MaskedText if family == "bert" else CausalText)(load_text("stdlib"), 64)
+        model = Bert(BertConfig(**shape, positions="sinusoid")) if family == "bert" else Opt(OptConfig(**shape))
+        inputs, targets = loader.to_model(*loader.train_batch(0, 0, 16 if family == "bert" else 32))
+    model, (inputs, targets) = model.to(device), to_device((inputs, targets), device)
+    return model, lambda: F.cross_entropy(model(*inputs).float().flatten(0, -2), targets.flatten())
+
+
 # ---- group: training in eight bits ----
 
 def fake_quant(args):
@@ -316,7 +342,7 @@ def quant(args):
         report(f"quantized passes, {title}", seconds, "floating point")
 
 
-GROUPS = {"bert": bert, "opt": opt, "vit": vit, "attention": attention, "fakequant": fake_quant,
+GROUPS = {"bert": bert, "opt": opt, "vit": vit, "attention": attention, "precision": precisions, "fakequant": fake_quant,
           "data": data, "augment": augmentation, "watch": outliers, "quant": quant}
 
 if __name__ == "__main__":
