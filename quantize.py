@@ -35,25 +35,25 @@ def main(argv=None):
     add("--sweep", action="store_true", help="both at 8, 7, 6, 5 and 4 bits")
     add("--w-estimator", choices=W_ESTIMATORS, default="minmax", help="range of weights (sec. C.4)")
     add("--a-estimator", choices=A_ESTIMATORS, default="running", help="of activations (sec. C.4)")
-    add("--best", action="store_true", help="try every pair of these, keep the best, as the paper does")
+    add("--best", action="store_true", help="try every pair of these, keep the best")
     add("--w-granularity", choices=("tensor", "channel"), default="tensor", help="weights sharing a scale")
     add("--batches", type=flags.positive, default=16, help="calibration batches, from the training split")
     add("--seeds", type=flags.positive, default=3, help="calibrations per run, for mean and deviation")
     add("--eval-batches", type=flags.positive, help="validation batches; by default as in training")
     add("--data", help="where the runs' data is now")
     add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
-    add("--sqnr", action="store_true", help="also the last hidden states' signal-to-noise ratio (minq/damage.py)")
-    add("--taps", action="store_true", help="also quantize one kind of tensor at a time, at the first width")
+    add("--sqnr", action="store_true", help="also the last hidden states' signal to noise")
+    add("--taps", action="store_true", help="also quantize one kind of tensor at a time")
     add("--remedies", action="store_true", help="also every remedy of minq/remedies.py, at --bits")
-    add("--bits", type=flags.bits, nargs="+", help="of weights and activations for --remedies; by default 8 6 4")
+    add("--bits", type=flags.bits, nargs="+", help="widths for --remedies; by default 8 6 4")
     add("--json", metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
     if args.bits and not args.remedies:
         raise UserError(f"--bits {' '.join(map(str, args.bits))} needs --remedies; else see --w-bits and --a-bits")
     device = pick_device(args.device)
-    widths = [(bits, bits) for bits in (8, 7, 6, 5, 4)] if args.sweep else [(args.w_bits, args.a_bits)]
-    all_pairs = list(product(W_ESTIMATORS, A_ESTIMATORS))
-    pairs = all_pairs if args.best else [(args.w_estimator, args.a_estimator)]
+    width, pair = (args.w_bits, args.a_bits), (args.w_estimator, args.a_estimator)
+    widths = [(bits, bits) for bits in (8, 7, 6, 5, 4)] if args.sweep else [width]
+    pairs = list(product(W_ESTIMATORS, A_ESTIMATORS)) if args.best else [pair]
 
     # ---- every run, and all that could be wrong with it ----
     runs = [open_run(name, device, args.data) for name in args.runs]
@@ -69,7 +69,8 @@ def main(argv=None):
             quantized = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
             rows.append(json_row(run, fp, quantized, outliers))
             if args.taps:
-                build = lambda: quantize_model(copy.deepcopy(run.model), *widths[0], *pairs[0], args.w_granularity)
+                settings = (*widths[0], *pairs[0], args.w_granularity)
+                build = lambda: quantize_model(copy.deepcopy(run.model), *settings)
                 rows[-1]["taps"] = by_kind(run, build, args.batches, args.eval_batches)
             if args.remedies:
                 rows[-1]["remedies"] = compare(run, args.bits or (8, 6, 4), args.seeds, args.batches, args.eval_batches)

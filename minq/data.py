@@ -62,6 +62,8 @@ def load_text(source, vocab_size=None, special_ids=None):
         tokens, vocab_size = TEXTS[source]()
     else:
         tokens, vocab_size = as_bytes(read_bytes(Path(source))), BYTES
+    if tokens.size and tokens.max() >= vocab_size:
+        raise UserError(f"--data {source}: holds token {tokens.max()}; its vocabulary has {vocab_size}")
     ids = special_ids or range(vocab_size, vocab_size + len(SPECIALS))
     is_bytes = not is_bin and vocab_size == BYTES
     words = read_words(Path(source)) if is_bin else None

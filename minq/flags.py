@@ -163,7 +163,7 @@ def read_flags(family, parser, defaults, presets, argv=None):
     if not args.resume:
         return args, typed, None
     checkpoint = load_checkpoint(args.out, family)
-    return resumed(checkpoint["args"], typed, args.out), typed, checkpoint
+    return resumed(checkpoint, typed, args.out), typed, checkpoint
 
 
 def steps_of(args, typed, steps_per_epoch):
@@ -214,11 +214,13 @@ def run_name(family, args, typed):
     return "runs/" + "-".join((*words, f"s{args.seed}"))
 
 
-def resumed(saved, typed, out):
+def resumed(checkpoint, typed, out):
     """The arguments of an interrupted run. What was typed must agree with them, or not matter to them."""
+    saved = checkpoint["args"]
+    settled = checkpoint["config"] | {name: value for name, value in saved.items() if value is not None}
     for name, value in typed.items():
-        if name not in NOT_OF_THE_RUN and value != saved.get(name):
-            raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's {saved.get(name)}: "
+        if name not in NOT_OF_THE_RUN and value != settled.get(name):
+            raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's {settled.get(name)}: "
                             "--resume continues a run as it was started")
     anew = {name: typed.get(name) for name in NOT_OF_THE_RUN if name != "save_every" or name in typed}
     return argparse.Namespace(**saved | anew | {"out": out})

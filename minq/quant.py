@@ -231,7 +231,8 @@ def calibrating(model):
     taps = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     with switched(taps.values(), estimating=True), torch.no_grad(), parametrize.cached():
         yield
-    for name, quantizer in taps.items():
+    # what is infinite spoils what comes after it: name the cause, not a NaN behind it
+    for name, quantizer in sorted(taps.items(), key=lambda tap: bool(tap[1].scale.isnan().any())):
         if quantizer.range.low is None:
             raise UserError(f"{name}: nothing passed it; a tap that is never called must be None")
         scale, low, high = quantizer.scale.max().item(), quantizer.range.low.item(), quantizer.range.high.item()

@@ -44,6 +44,7 @@ class Run:
     """
 
     def __init__(self, args, data, model, optimizer, scaler, checkpoint=None):
+        require_family(model)
         self.args, self.data, self.model = args, data, model
         self.optimizer, self.scaler = optimizer, scaler
         self.folder, self.device = Path(args.out), next(model.parameters()).device
@@ -60,8 +61,10 @@ class Run:
         self.step, self.seconds, self.train_loss = 0, 0.0, torch.zeros(())
         if checkpoint:
             require_same_data(args.data, data.sha256, checkpoint)
-            for name in ("model", "optimizer", "scaler"):
-                getattr(self, name).load_state_dict(checkpoint[name])
+            require_same_optimizer(optimizer, checkpoint["optimizer"])
+            load_weights(model, checkpoint, self.folder)
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scaler.load_state_dict(checkpoint["scaler"])
             self.step, self.seconds, self.train_loss = (checkpoint[name] for name in ("step", "seconds", "train_loss"))
         self.train_loss = self.train_loss.to(self.device)  # summed since the last evaluation
         self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)  # in a row, with a loss not finite
@@ -166,6 +169,15 @@ class Run:
         print(f"next: python quantize.py {self.folder}")
 
 
+def require_family(model):
+    """What a new family must have so that its runs can be opened: a name in FAMILIES, and a config of its own kind."""
+    build, config = type(model), type(model.config)
+    if FAMILIES.get(model.family) is not build:
+        raise TypeError(f"FAMILIES knows no {build.__name__} by the name {model.family!r}: quantize.py could not open its runs")
+    if config is not model.config_class or "__dataclass_fields__" not in vars(config):
+        raise TypeError(f"{build.__name__} has a {config.__name__}; expected {model.config_class.__name__}, a @dataclass")
+
+
 class Interrupt:
     """Turns Ctrl-C and SIGTERM into a flag, so that a step ends and the run is saved first."""
 
@@ -253,11 +265,28 @@ def from_checkpoint(checkpoint, name):
     build = FAMILIES[family]
     try:
         model = build(build.config_class(**checkpoint["config"]))
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{name}: its settings do not fit minq's {build.__name__}: {error}") from None
+    return load_weights(model, checkpoint, name)
+
+
+def load_weights(model, checkpoint, name):
+    """Give a model the weights of the run `name`. Raises UserError that says which do not fit."""
+    try:
         model.load_state_dict(checkpoint["model"])
-    except (TypeError, RuntimeError) as error:
-        raise UserError(f"{name}: its checkpoint does not fit minq's {build.__name__}: "
+    except RuntimeError as error:
+        raise UserError(f"{name}: its checkpoint does not fit minq's {type(model).__name__}: "
                         + textwrap.shorten(str(error), 500, placeholder=" ...")) from None
     return model
+
+
+def require_same_optimizer(optimizer, saved):
+    """Raise UserError if the script's optimizer is not the one that the run was trained with."""
+    settings = lambda state: {key: value for key, value in state["param_groups"][0].items() if key not in ("params", "lr")}
+    here, there = settings(optimizer.state_dict()), settings(saved)
+    differ = [key for key in here | there if here.get(key) != there.get(key)]
+    if differ:
+        raise UserError(f"--resume: the script's {type(optimizer).__name__} is not the run's optimizer; they differ in {', '.join(differ)}")
 
 
 def require_same_data(source, sha256, checkpoint):

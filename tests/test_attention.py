@@ -119,6 +119,21 @@ def test_the_fused_kernel_gives_way_to_any_tap_that_it_would_skip(tap, fuses):
     assert layer.can_fuse(x) == fuses
 
 
+class Tempered(torch.nn.Softmax):
+    """A student's own, written as a kind of nn.Softmax."""
+
+    def forward(self, scores):
+        return super().forward(scores / 30)
+
+
+@pytest.mark.parametrize("softmax", [Tempered(dim=-1), torch.nn.Softmax(dim=-2)])
+def test_the_fused_kernel_serves_the_plain_softmax_only(softmax):
+    layer, x = attention(), torch.randn(2, 10, 32)
+    plain = layer(x)
+    layer.softmax = softmax
+    assert not layer.can_fuse(x) and not torch.allclose(layer(x), plain)
+
+
 def test_attention_is_equation_5_written_out():
     layer, x = attention(attention="gated", gate="linear"), torch.randn(2, 10, 32)
     q, k, v = layer.qkv(x).chunk(3, dim=-1)

@@ -182,6 +182,9 @@ def test_a_text_with_a_name_is_one_entry(monkeypatch):
     letters = np.frombuffer(b"()" * 500, dtype=np.uint8)
     monkeypatch.setitem(TEXTS, "parens", lambda: (letters, BYTES))
     monkeypatch.setitem(TEXTS, "digits", lambda: (letters - ord("("), 2))
+    monkeypatch.setitem(TEXTS, "too few", lambda: (letters, 2))
+    with pytest.raises(UserError, match="--data too few: holds token 41; its vocabulary has 2"):
+        load_text("too few")
     parens, digits = load_text("parens"), load_text("digits")
     assert parens.is_bytes and parens.vocab_size == 260 and parens.tokens[:2].tobytes() == b"()"
     assert not digits.is_bytes and digits.vocab_size == 6 and (digits.pad, digits.mask) == (2, 5)

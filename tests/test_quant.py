@@ -181,7 +181,7 @@ def test_every_weight_and_tap_is_on_its_grid_except_what_stays_float():
         if name.endswith("_tap"):
             module.register_forward_hook(lambda m, a, out, name=name: seen.update({name: out}))
     quantized(torch.randint(256, (4, 12)))
-    assert len(seen) == 2 + 2 * 13  # the embedding's sum and norm, and thirteen a layer
+    assert set(seen) == {name for name, module in model.named_modules() if isinstance(module, Tap)} and len(seen) >= 2 + 2 * 13
     assert all(n_levels(x) <= 16 for x in seen.values())
 
     on_grid = {name for name, module in quantized.named_modules() if parametrize.is_parametrized(module)}
@@ -301,10 +301,11 @@ def test_a_tap_whose_range_is_not_finite_is_named():
 
         def __init__(self):
             super().__init__()
-            self.linear, self.first_tap, self.masked_tap, self.idle_tap = torch.nn.Linear(3, 3), Tap(), Tap(), None
+            self.linear, self.idle_tap = torch.nn.Linear(3, 3), None
+            self.last_tap, self.first_tap, self.masked_tap = Tap(), Tap(), Tap()
 
-        def forward(self, x):
-            return self.masked_tap(self.first_tap(self.linear(x)).masked_fill(x > 0, -torch.inf))
+        def forward(self, x):  # what the infinity spoils stands before its cause in the model's list
+            return self.last_tap(self.masked_tap(self.first_tap(self.linear(x)).masked_fill(x > 0, -torch.inf)))
 
     model = quantize_model(Masked())
     with pytest.raises(UserError, match="masked_tap: its calibrated scale is inf; the values range from -inf to"):
@@ -314,6 +315,6 @@ def test_a_tap_whose_range_is_not_finite_is_named():
     with calibrating(model):  # a finite range is fine
         model(-torch.ones(1, 3))
     model = quantize_model(Masked())
-    with pytest.raises(UserError, match="first_tap: nothing passed it"):
+    with pytest.raises(UserError, match="_tap: nothing passed it"):
         with calibrating(model):
             pass

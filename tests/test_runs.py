@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from minq.errors import UserError
-from minq.model import Bert, BertConfig
-from minq.runs import claim, forget_after, from_checkpoint, load_checkpoint, write_atomically
-from running import ROOT, run
+from minq.model import FAMILIES, Bert, BertConfig
+from minq.runs import claim, forget_after, from_checkpoint, load_checkpoint, require_family, write_atomically
+from running import ROOT, run, stopped_at, train
 
 OLD = ROOT / "tests" / "old"  # runs of three steps made at commit 42c73d8
 
@@ -103,3 +103,47 @@ def test_runs_of_an_older_minq_still_open(name, perplexity, corpus, tmp_path):
     assert f"| {perplexity} |" in out
     out, _ = run("analyze.py", tmp_path / name, "--data", corpus, "--batches", 1)
     assert ("row-clipped attention" if name == "opt-row" else "clipped attention") in out
+
+
+# ---- what a student's new family may get wrong ----
+
+class PreConfig(BertConfig):  # no @dataclass: its default does not count
+    pre_norm: bool = True
+
+
+@pytest.mark.parametrize("attributes, message", [
+    ({"family": "pre"}, "FAMILIES knows no Pre by the name 'pre'"),
+    ({"family": "bert"}, "FAMILIES knows no Pre by the name 'bert'"),
+    ({"family": "pre", "config_class": PreConfig}, "Pre has a BertConfig; expected PreConfig, a @dataclass")])
+def test_a_family_that_could_not_be_opened_does_not_train(attributes, message, monkeypatch):
+    Pre = type("Pre", (Bert,), attributes)
+    if "config_class" in attributes:
+        monkeypatch.setitem(FAMILIES, "pre", Pre)
+    with pytest.raises(TypeError, match=message):
+        require_family(Pre(BertConfig(layers=1, width=8, heads=2)))
+
+
+def test_a_config_that_forgot_to_be_a_dataclass_is_named(monkeypatch):
+    Pre = type("Pre", (Bert,), {"family": "pre", "config_class": PreConfig})
+    monkeypatch.setitem(FAMILIES, "pre", Pre)
+    with pytest.raises(TypeError, match="expected PreConfig, a @dataclass"):
+        require_family(Pre(PreConfig(layers=1, width=8, heads=2)))
+
+
+def test_resuming_with_another_optimizer_or_model_is_refused(corpus, tmp_path, monkeypatch):
+    with stopped_at(3, monkeypatch):
+        train(corpus, tmp_path / "run", "--save-every", "3")
+    command = ["train_bert.py", "--resume", "--out", tmp_path / "run"]
+    for other, message in (("SGD", "the script's SGD is not the run's optimizer"), ("Adam", "they differ in")):
+        with monkeypatch.context() as patched:
+            build = getattr(torch.optim, other)
+            patched.setattr(torch.optim, "AdamW", lambda groups, lr, betas, fused: build(groups, lr=lr))
+            _, err = run(*command, code=2)
+            assert message in err and err.count("\n") == 1
+    _, err = run(*command, "--activation", "relu", code=2)
+    assert "--activation relu differs from the run's gelu" in err
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.nn, "LayerNorm", torch.nn.RMSNorm)
+        _, err = run(*command, code=2)
+        assert "its checkpoint does not fit minq's Bert" in err and "embedding_norm.bias" in err and err.count("\n") == 1
+    run(*command)

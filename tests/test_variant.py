@@ -63,15 +63,15 @@ class SoftmaxPlus(nn.Module):
 
 
 def with_a_parameter(folder, forget=None):
-    """A copy of the project in which a student has added --attention plus --sink N, in three places; or forgot one."""
+    """A copy of the project in which a student has added --attention plus --offset N, in three places; or forgot one."""
     for name in ("minq", "train_bert.py", "train_opt.py", "train_vit.py", "quantize.py"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         copy(ROOT / name, folder / name)
     edits = {
         "attention": ("\n# ---- multi-head self-attention", "\n" + inspect.getsource(SoftmaxPlus) + "\n\n"
-                      "ATTENTIONS['plus'] = lambda c: (SoftmaxPlus(c.sink), None)\n"),
-        "model": ("    gate: str = \"linear\"", "    sink: float = 1.0\n"),
-        "flags": ("    add(\"--gate\",", "    add(\"--sink\", \"n of the softmax plus n\", type=number(float, low=0))\n"),
+                      "ATTENTIONS['plus'] = lambda c: (SoftmaxPlus(c.offset), None)\n"),
+        "model": ("    gate: str = \"linear\"", "    offset: float = 1.0\n"),
+        "flags": ("    add(\"--gate\",", "    add(\"--offset\", \"n of the softmax plus n\", type=number(float, low=0))\n"),
         "read": ("READ_BY = {", None)}
     for name, (place, new) in edits.items():
         if name == forget:
@@ -79,26 +79,26 @@ def with_a_parameter(folder, forget=None):
         path = folder / "minq" / f"{'flags' if name == 'read' else name}.py"
         text = path.read_text()
         assert text.count(place) == 1
-        path.write_text(text.replace(place, new + place if new else place + '"sink": ("plus",), '))
+        path.write_text(text.replace(place, new + place if new else place + '"offset": ("plus",), '))
 
 
 @pytest.mark.parametrize("forget, message", [
-    (None, None), ("model", "type object 'Config' has no attribute 'sink'"), ("flags", "unrecognized arguments: --sink 2"),
-    ("read", "KeyError: 'sink'")])
+    (None, None), ("model", "type object 'Config' has no attribute 'offset'"), ("flags", "unrecognized arguments: --offset 2"),
+    ("read", "KeyError: 'offset'")])
 def test_a_parameter_of_its_own_is_three_files_and_none_is_forgotten_silently(forget, message, corpus, tmp_path):
     with_a_parameter(tmp_path, forget)
     for family in ("bert", "opt", "vit") if forget is None else ("opt",):
         small = SMALL_VIT if family == "vit" else [*SMALL, "--data", corpus]
-        process = start(f"train_{family}.py", *small, "--steps", "1", "--attention", "plus", "--sink", "2", "--out", f"runs/{family}",
+        process = start(f"train_{family}.py", *small, "--steps", "1", "--attention", "plus", "--offset", "2", "--out", f"runs/{family}",
                         cwd=tmp_path)
         _, err = process.communicate(timeout=120)
         assert (process.returncode == 0) == (forget is None), err
         if forget is None:
-            assert saved(tmp_path / "runs" / family)["config"]["sink"] == 2
+            assert saved(tmp_path / "runs" / family)["config"]["offset"] == 2
         else:
             assert message in err
     if forget is None:
         process = start("quantize.py", "runs/bert", "runs/opt", "runs/vit", "--batches", "1", "--seeds", "1", "--json", "table.json",
                         cwd=tmp_path)
         assert process.wait(timeout=120) == 0, process.stderr.read()
-        assert [row["settings"]["sink"] for row in json.loads((tmp_path / "table.json").read_text())] == [2, 2, 2]
+        assert [row["settings"]["offset"] for row in json.loads((tmp_path / "table.json").read_text())] == [2, 2, 2]
