@@ -45,6 +45,7 @@ def main(argv=None):
     parser.add_argument("--jobs", type=flags.positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
                         help="runs at a time, a thread each (default: one on a GPU, else as many as there are cores)")
     parser.add_argument("--steps", type=flags.positive, help="shorten every run (table8: its rounds); the results are NAME-N-steps")
+    parser.add_argument("--seeds", type=flags.positive, help="training seeds a row; by default as many as the experiment has")
     parser.add_argument("--verify", action="store_true", help="retrain the first row of each and compare with results/")
     parser.add_argument("--runs", default="runs/reproduce", help="folder of the runs")
     parser.add_argument("--results", default="results", help="folder of the tables")
@@ -58,8 +59,7 @@ def main(argv=None):
 
     for name in args.names:
         experiment = EXPERIMENTS[name]
-        jobs = [Job(name, row, seed, args) for seed in range(experiment.seeds) for row in experiment.rows
-                if seed < (row.seeds or experiment.seeds)]
+        jobs = [Job(name, row, seed, args) for seed in range(args.seeds or experiment.seeds) for row in experiment.rows]
         if args.verify:
             verify(name, args)
         elif args.preset == "paper":

@@ -165,12 +165,11 @@ def repetitions(rows):
     first = rows[0]
     if "seconds" in first:
         return f"{first['precision']}, {len(first['seconds']['all'])} rounds in turns"
-    counts = sorted({len(row["seeds"]) for row in rows})
-    seeds = counts[-1]
+    seeds = len(first["seeds"])
     calibrations = len(next(iter(first["quantized"].values()))["all"][0])
     minutes = [seconds / 60 for row in rows for seconds in row["training_seconds"]["all"]]
     spread = "± over seeds, in brackets over calibrations" if seeds > 1 else "in brackets the deviation over calibrations"
-    return (f"{' or '.join(map(str, counts))} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations ({spread}); {len(minutes)} "
+    return (f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations ({spread}); {len(minutes)} "
             f"trainings of {min(minutes):.1f} to {max(minutes):.1f} minutes")
 
 
