@@ -41,7 +41,7 @@ def test_links_point_at_what_they_name(page):
 def test_links_are_found():
     """The test above would pass if it saw no links."""
     assert ("`clipped_softmax`", ROOT / "docs" / "../minq/attention.py", "") in links(ROOT / "docs" / "paper.md")
-    assert any(path.name == "outliers-opt.png" for _, path, _ in links(ROOT / "README.md"))
+    assert any(path.name == "outliers-bert.png" for _, path, _ in links(ROOT / "README.md"))
     assert defines(ROOT / "minq" / "attention.py", "ATTENTIONS") and not defines(ROOT / "minq" / "attention.py", "ATTENTION")
 
 
