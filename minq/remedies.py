@@ -207,8 +207,7 @@ def compare(run, widths=(8, 6, 4), seeds=3, batches=16, eval_batches=None):
         for bits in widths:
             found = []
             for seed in range(seeds):
-                inputs = list(run.calibration_inputs(seed, batches))
-                model = remedy(copy.deepcopy(run.model), bits, bits, inputs)
+                model = remedy(copy.deepcopy(run.model), bits, bits, run.calibration_inputs(seed, batches))
                 if model is None:
                     break
                 run.calibrate(model, seed, batches)
