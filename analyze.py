@@ -59,7 +59,7 @@ def main(argv=None):
 
 
 def check_mode(args):
-    """Which of the three functions below is asked for. A flag that it would not read is an error."""
+    """Which of the functions below is asked for. A flag that it would not read is an error."""
     chosen = [mode for mode in (curves, compare, damage) if getattr(args, mode.__name__)]
     if len(chosen) > 1:
         raise UserError(" and ".join(f"--{mode.__name__}" for mode in chosen) + " are different pictures; give one of them")
@@ -95,7 +95,7 @@ def analyze(args, report):
 
     # ---- measure ----
     tap = model.norm_tap
-    is_text = family != "vit"
+    is_text = hasattr(config, "vocab_size")
     found = survey(model, run.validation(args.batches or BATCHES), device, tap, config.vocab_size if is_text else None)
     worst_layer, dimension = worst_dimension(found["outliers"][tap])
     layer = args.layer - 1 if args.layer else min(worst_layer + 1, config.layers - 1)  # outliers act in the next layer

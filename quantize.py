@@ -7,6 +7,7 @@
 """
 import copy
 import json
+import math
 from itertools import product
 from pathlib import Path
 
@@ -60,8 +61,7 @@ def main(argv=None):
 
     # ---- floating point and quantized ----
     rows = []
-    models = len(runs) * len(widths) * len(pairs) * args.seeds
-    with tqdm(total=models, unit="model") as progress:
+    with tqdm(total=len(runs) * len(widths) * len(pairs) * args.seeds, unit="model") as progress:
         for run in runs:
             taps = ("ffn_output", "layer_output", *run.model.kurtosis_taps)
             with watch(run.model, taps) as outliers:
@@ -101,7 +101,8 @@ def best_of(run, w_bits, a_bits, pairs, args, progress):
         over_seeds = {name: mean_and_std([each[name] for each in found]) for name in found[0]}
         name = "{} weights, {} activations".format(*pair)
         tried[name] = over_seeds.pop(metric) | over_seeds | {"estimators": name}
-    best = (min if metric == "perplexity" else max)(tried.values(), key=lambda result: result["mean"])
+    sign = 1 if metric == "perplexity" else -1  # of "smaller is better"; NaN is the worst
+    best = min(tried.values(), key=lambda x: math.inf if math.isnan(x["mean"]) else sign * x["mean"])
     for name, result in tried.items() if args.best else ():
         mark = " <- best" if result is best else ""
         progress.write(f"{run.name} W{w_bits}A{a_bits}, {name}: {with_std(result)}{mark}")

@@ -50,13 +50,15 @@ def fidelity(model, states):
         error += (moved - h).square().sum(dtype=torch.float64).item()
         cosines += F.cosine_similarity(moved, h, dim=-1).sum(dtype=torch.float64).item()
         tokens += h[..., 0].numel()
-    return {"sqnr": math.inf if error == 0 else 10 * math.log10(signal / error), "cosine": cosines / tokens}
+    ratio = math.inf if error == 0 else signal / error
+    return {"sqnr": -math.inf if ratio == 0 else 10 * math.log10(ratio), "cosine": cosines / tokens}
 
 
-def scores(run, model, with_sqnr=True, eval_batches=None):
-    """{metric: value} of a model that stands for the run's, and its fidelity, if asked for or if that is the metric."""
+def scores(run, model, with_sqnr=True, eval_batches=None, states=None):
+    """{metric: value} of a model that stands for the run's, and its fidelity, if asked for or if that is the metric.
+    states: the `floating_states`, where they are at hand."""
     metric = run.model.metric
-    near = fidelity(model, floating_states(run, eval_batches)) if with_sqnr or metric == "sqnr" else {}
+    near = fidelity(model, states or floating_states(run, eval_batches)) if with_sqnr or metric == "sqnr" else {}
     return near if metric == "sqnr" else near | {metric: evaluate(model, run.validation(eval_batches), run.device)[metric]}
 
 
@@ -92,12 +94,9 @@ def calibrated(run, build, wanted, batches):
 
 def damage(run, model, wanted, states, eval_batches=None):
     """{"metric": the run's, "sqnr": dB} with only the quantizers named in `wanted` active."""
-    metric = run.model.metric
     with only(model, wanted), parametrize.cached():
-        found = fidelity(model, states)
-        if metric != "sqnr":
-            found |= evaluate(model, run.validation(eval_batches), run.device)
-    return {"metric": found[metric], "sqnr": found["sqnr"]}
+        found = scores(run, model, True, eval_batches, states)
+    return {"metric": found[run.model.metric], "sqnr": found["sqnr"]}
 
 
 def by_kind(run, build, batches=16, eval_batches=None):

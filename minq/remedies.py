@@ -1,6 +1,6 @@
 """What can be done about outliers after training: the remedies of quantization, side by side.
 
-    model = REMEDIES["per token"](copy.deepcopy(run.model), 8, 8, inputs)     # then calibrate it as any other
+    model = REMEDIES["dynamic per token"](copy.deepcopy(run.model), 8, 8, inputs)     # then calibrate it as any other
 
 The paper's attention keeps outliers from growing. These treat a model that has them. Each entry of REMEDIES is
 quantize_model with one thing changed, mostly another quantizer in the taps; its docstring says the formula, the source,

@@ -335,7 +335,9 @@ def open_run(folder, device, data_source=None, family=None):
     model = from_checkpoint(checkpoint, folder).to(device).eval()
     source = data_source or checkpoint["args"]["data"]
     inside = Path(folder, source)
-    data = open_data(checkpoint["args"] | {"data": str(inside) if inside.exists() else source})
+    if not data_source and inside.exists():
+        source = str(inside)
+    data = open_data(checkpoint["args"] | {"data": source})
     if not data_source:
         require_same_data(source, data.sha256, checkpoint)
     return OpenedRun(str(folder), checkpoint, model, data, device)

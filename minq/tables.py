@@ -1,4 +1,5 @@
 """The results of an experiment (reproduce.py) as a table in Markdown and as a figure."""
+import math
 import re
 import statistics
 
@@ -9,8 +10,9 @@ from minq.flags import attention_settings
 # ---- means and deviations ----
 
 def mean_and_std(values):
-    """Mean and sample standard deviation (None for a single value)."""
-    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None, "all": values}
+    """Mean and sample standard deviation: None for a single value, NaN where one is not finite."""
+    std = None if len(values) == 1 else statistics.stdev(values) if all(map(math.isfinite, values)) else math.nan
+    return {"mean": statistics.mean(values), "std": std, "all": values}
 
 
 def over_seeds(values):
@@ -123,6 +125,7 @@ def bits_at_loss(row):
     """Where the cost of quantization passes 20% or 5 points, interpolated between the two widths beside it."""
     limit = 5 if row["metric"] == "accuracy" else 20
     costs = [(int(key.split("x")[0]), cost(row, value)) for key, value in row["quantized"].items()]  # 8 bits first
+    costs = [(bits, math.inf if math.isnan(lost) else lost) for bits, lost in costs]  # NaN: all is lost
     if costs[0][1] >= limit:
         return f"over {costs[0][0]}"
     for (bits, below), (_, above) in zip(costs, costs[1:]):

@@ -127,3 +127,13 @@ def test_damage_is_a_picture_of_its_own(runs):
     assert "--curves and --damage are different pictures" in err and err.count("\n") == 1
     _, err = run("analyze.py", runs / "bert", "--damage", "--layer", 1, code=2)
     assert "--layer has no meaning with --damage" in err and err.count("\n") == 1
+
+
+@torch.no_grad()
+def test_a_ruined_model_has_no_error_but_a_figure(runs):
+    """An infinite error, or a NaN, in the hidden states."""
+    run, _ = opened(runs, "opt")
+    for value, expected in ((torch.inf, -math.inf), (torch.nan, math.nan)):
+        broken = copy.deepcopy(run.model)
+        broken.final_norm_tap.register_forward_hook(lambda m, a, x, value=value: torch.full_like(x, value))
+        assert fidelity(broken, floating_states(run, 1))["sqnr"] == pytest.approx(expected, nan_ok=True)

@@ -1,6 +1,7 @@
 """Experiments: every row's flags are ones that its script takes; runs are made once, resumed, verified, tabulated."""
 import importlib.util
 import json
+import math
 import shlex
 
 import pytest
@@ -121,6 +122,9 @@ def test_an_unknown_name_is_named():
     ("perplexity", 10.0, (12.5, 20.0, 30.0, 40.0, 50.0), "over 8"),
     ("perplexity", 10.0, (10.0, 10.0, 10.0, 10.0, 11.9), "under 4"),
     ("accuracy", 90.0, (90.5, 90.0, 89.0, 79.0, 50.0), "5.60"),  # 1 point lost at 6 bits, 11 at 5
+    ("perplexity", 10.0, (10.1, 11.0, math.inf, math.nan, 14.0), "7.00"),  # nothing left below 7
+    ("perplexity", 10.0, (10.1, 11.0, math.nan, math.nan, 14.0), "7.00"),
+    ("perplexity", 10.0, (math.nan, math.nan, math.nan, math.nan, 14.0), "over 8"),
 ])
 def test_bits_at_which_a_fifth_is_lost(metric, fp, at_bits, expected):
     row = {"metric": metric, "fp": {"mean": fp, "std": None},
@@ -128,6 +132,14 @@ def test_bits_at_which_a_fifth_is_lost(metric, fp, at_bits, expected):
     columns = tables.bits_columns(row)
     assert list(columns.values())[-1] == expected
     assert columns["W4A4"].endswith("(+40.0)" if metric == "accuracy" else f"(+{10 * at_bits[-1] - 100:.1f}%)")
+
+
+def test_what_is_not_finite_stays_so():
+    for values in ([math.inf] * 3, [1.0, math.inf], [math.nan, 2.0, 3.0], [math.nan]):
+        result = tables.mean_and_std(values)
+        assert not math.isfinite(result["mean"]) and (result["std"] is None or math.isnan(result["std"]))
+        assert math.isnan(result["mean"]) == any(map(math.isnan, values))
+        assert str(result["mean"]) in tables.with_std(result)
 
 
 # ---- what is written down ----

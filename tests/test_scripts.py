@@ -266,3 +266,21 @@ def test_quantize_names_the_tap_that_has_no_finite_range(corpus, tmp_path):
     torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
     _, err = run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, code=2)
     assert f"{tmp_path / 'run'}: layers.1.ffn_output_tap: its calibrated scale is" in err.splitlines()[-1] and "Traceback" not in err
+
+
+def test_the_best_pair_of_estimators_is_never_one_that_gives_nan(corpus, tmp_path, monkeypatch):
+    """NaN compares with nothing: a minimum over it would keep whatever came first."""
+    import quantize
+    train(corpus, tmp_path / "run")
+    found = iter([float("nan"), 3.0, float("inf"), 2.0, float("nan"), 4.0, 5.0, 6.0])
+    scores = quantize.scores
+    calls = []
+
+    def some(run, model, *rest):
+        calls.append(model)
+        return scores(run, model, *rest) if len(calls) == 1 else {"perplexity": next(found)}
+
+    monkeypatch.setattr(quantize, "scores", some)
+    run("quantize.py", tmp_path / "run", "--best", "--seeds", 1, "--batches", 1, "--json", tmp_path / "table.json")
+    (row,) = json.loads((tmp_path / "table.json").read_text())
+    assert row["quantized"]["8x8"]["mean"] == 2.0
