@@ -17,6 +17,7 @@ from tqdm import tqdm
 from minq import flags
 from minq.damage import by_kind, scores
 from minq.errors import UserError, one_line_errors
+from minq.growth import growth
 from minq.outliers import watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, quantize_model
 from minq.remedies import compare
@@ -63,8 +64,7 @@ def main(argv=None):
     rows = []
     with tqdm(total=len(runs) * len(widths) * len(pairs) * args.seeds, unit="model") as progress:
         for run in runs:
-            taps = ("ffn_output", "layer_output", *run.model.kurtosis_taps)
-            with watch(run.model, taps) as outliers:
+            with watch(run.model, {run.model.norm_tap, *run.model.kurtosis_taps}, growth) as outliers:
                 fp = scores(run, run.model, args.sqnr, args.eval_batches)[run.model.metric]
             quantized = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
             rows.append(json_row(run, fp, quantized, outliers))

@@ -76,7 +76,7 @@ def main(argv=None):
             write_atomically(path.with_suffix(".md"), lambda new: new.write_text(markdown(table)))
             print(markdown(table))
             if experiment.xlabel:
-                draw(experiment, table, path)
+                draw(table, path, experiment.xlabel)
             if experiment.then:
                 print(experiment.then)
     if args.write_docs:
@@ -187,6 +187,7 @@ def run_rows(jobs, args):
         metric = tables[0]["metric"]
         rows.append({
             "label": row.label, "family": row.family, "attention": tables[0]["attention"], "metric": metric,
+            "line": row.line, "x": row.x,
             "settings": tables[0]["settings"], "published": row.published,
             "fp": mean_and_std([table["fp"] for table in tables]),
             "as_trained": mean_and_std([end[metric] for end in ends]),
@@ -199,13 +200,14 @@ def run_rows(jobs, args):
                                            if isinstance(value, dict) and "avg_kurtosis" in value},
             "training_seconds": mean_and_std([load_checkpoint(job.folder)["seconds"] for job in of_row]),
             "seeds": [job.seed for job in of_row], "commands": [job.text() for job in of_row],
-            "metrics_sha256": [sha256_of(job.folder / "metrics.jsonl") for job in of_row]})
+            "weights_sha256": [weights_sha256(job.folder) for job in of_row]})
     return rows
 
 
 def measured(tables):
-    """The two outlier metrics over training seeds."""
-    return {metric: mean_and_std([table[metric] for table in tables]) for metric in ("max_inf_norm", "avg_kurtosis")}
+    """The outlier metrics over training seeds."""
+    return {metric: mean_and_std([table[metric] for table in tables])
+            for metric in ("max_inf_norm", "avg_kurtosis", "max_over_sigma", "share")}
 
 
 def time_rows(experiment, args):
@@ -219,8 +221,12 @@ def time_rows(experiment, args):
              "precision": settings.precision, "commands": [TIMING]} for row in experiment.rows]
 
 
-def sha256_of(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def weights_sha256(folder):
+    """One hash of all that a run's model holds, name by name."""
+    digest = hashlib.sha256()
+    for name, tensor in load_checkpoint(folder)["model"].items():
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def versions():
@@ -235,23 +241,25 @@ def machine():
 
 
 def verify(name, args):
-    """Retrain one row and compare its metrics.jsonl with the hash in results/."""
+    """Retrain one row and compare its weights with the hash in results/."""
     path = results_of(name, args)
     if EXPERIMENTS[name].columns == "runtime":
         raise UserError(f"{name}: times are never the same twice; --verify is for the others")
     if not path.exists():
         raise UserError(f"{path}: no results yet; run: python reproduce.py {name}")
     table = json.loads(path.read_text())
-    job = Job(name, EXPERIMENTS[name].rows[0], 0, args)
-    expected = table["rows"][0]["metrics_sha256"][0]
+    row = table["rows"][0]
+    if "weights_sha256" not in row:
+        raise UserError(f"{path}: an older version wrote it, without a hash of the weights; run: python reproduce.py {name}")
+    job, expected = Job(name, EXPERIMENTS[name].rows[0], 0, args), row["weights_sha256"][0]
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "run")
         start([*job.training[:-1], out], quiet=False)
-        found = sha256_of(Path(out) / "metrics.jsonl")
+        found = weights_sha256(out)
     if found != expected:
-        raise UserError(f"{name}, {table['rows'][0]['label']}: metrics.jsonl differs from that of {path}: SHA-256 {found[:12]}, "
-                        f"expected {expected[:12]} (made with {table['versions']} on {table['machine']}, which must be the same)")
-    print(f"{name}, {table['rows'][0]['label']}: retrained, and every line of metrics.jsonl is the same ({found[:12]})")
+        raise UserError(f"{name}, {row['label']}: the weights differ from those of {path}: SHA-256 {found[:12]}, expected "
+                        f"{expected[:12]} (made with {table['versions']} on {table['machine']}, which must be the same)")
+    print(f"{name}, {row['label']}: retrained, and all weights are the same, bit by bit ({found[:12]})")
 
 
 if __name__ == "__main__":

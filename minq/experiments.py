@@ -220,6 +220,24 @@ FIG7 = tuple(
     Row(f"pi_init = {gate_init}", family, f"{GA} --gate linear --gate-init {gate_init}", line="linear gate", x=f"{gate_init}")
     for family in ("bert", "vit") for gate_init in (0.1, 0.25, 0.5, 0.75, 0.9, 0.97))
 
+# ---- the law: how far outliers grow with the width (docs/law.md). The learning rate falls with the width, as
+# 1 / sqrt(d) at least, and a post-LN BERT of width 256 learns only from smaller weights and a longer warm-up. ----
+
+WIDTHS = {
+    "bert": {32: "--width 32 --lr 3e-3", 64: "--width 64 --lr 2e-3", 128: "",  # the laptop's own
+             256: "--width 256 --lr 7e-4 --init-std 0.035 --warmup 2000"},
+    "opt": {32: "--width 32 --lr 7e-3", 64: "", 128: "--width 128 --lr 3.5e-3 --steps 20000",
+            256: "--width 256 --lr 2.5e-3 --steps 20000"},
+}
+LAW_ATTENTIONS = {
+    "bert": {"vanilla": "", "gated": f"{GA} --gate linear --gate-init 0.5"},
+    "opt": {"vanilla": DECAY, "gated": f"{GA} --gate linear --gate-init 0.25 {DECAY}"},
+}
+LAW = tuple(
+    Row(f"{name}, d = {d}", family, f"{flags} {size}".strip(), line=f"{family.upper()}, {name}", x=str(d))
+    for family, widths in WIDTHS.items() for d, size in widths.items()
+    for name, flags in LAW_ATTENTIONS[family].items())
+
 # ---- the blog: training in eight bits ----
 
 BLOG = (
@@ -261,6 +279,7 @@ or grow an outlier (README.md, "Grow one yourself"):
         "laptop": {"bert": "--width 64 --steps 1000 --lr 3e-3 --eval-every 1000"}, "paper": BERT_6L}),
     "fig7": Experiment("How open gates start (Figure 7)", FIG7, xlabel="pi_init", recipes={
         "paper": BERT_6L | {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
+    "law": Experiment("How far outliers grow with the width", LAW, columns="law", xlabel="width d", quantize="--sweep"),
     "bits": Experiment("From eight bits down to four", TABLE2, columns="bits", seeds=2, quantize="--sweep"),
     "blog": Experiment(
         "Training in eight bits and fewer (the blog's Table 2, Figures 5 and 6)", columns="blog",

@@ -21,6 +21,7 @@ from minq.attention import ATTENTIONS
 from minq.data import open_data
 from minq.errors import UserError
 from minq.fake_quant import fake_quantization_off, fake_quantize_training
+from minq.growth import growth
 from minq.model import FAMILIES
 from minq.outliers import watch
 from minq.quant import calibrating
@@ -126,7 +127,7 @@ class Run:
         model, args = self.model, self.args
         batches = lambda: starmap(self.data.to_model, self.data.validation_batches(args.batch_size, args.eval_batches))
         taps = ("layer_input", "ffn_output", "layer_output", *model.kurtosis_taps)
-        with watch(model, taps) as outliers:
+        with watch(model, taps, growth) as outliers:
             scores = floating = evaluate(model, batches(), self.device)
         if args.fake_quant:
             with fake_quantization_off(model):

@@ -42,13 +42,20 @@ def json_row(run, fp, quantized, outliers):
     model, config = run.model, vars(run.model.config)
     known = run.checkpoint["args"] | config | {"data_sha256": run.checkpoint["data_sha256"]}
     settings = attention_settings(model.config) | {key: known.get(key) for key in SHOWN}
-    by_tap = {tap: {"max_inf_norm": outliers.max_inf_norm(tap), "avg_kurtosis": outliers.avg_kurtosis(tap)}
-              for tap in outliers.mean}
+    by_tap = {tap: {"max_inf_norm": outliers.max_inf_norm(tap), "avg_kurtosis": outliers.avg_kurtosis(tap), **highest(mean)}
+              for tap, mean in outliers.mean.items()}
     return {"run": run.name, "family": model.family, "attention": known["attention"],
             "seed": known["seed"], "settings": settings,
             "metric": model.metric, "fp": None if model.metric == "sqnr" else fp, "quantized": quantized,
             "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
-            "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **by_tap}
+            "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps),
+            **highest(outliers.mean[model.norm_tap]), **by_tap}
+
+
+def highest(mean):
+    """Of one tap: max / sigma in the place where it is largest, and the share that goes with it (minq/growth.py)."""
+    height, share = max(zip(mean["max_over_sigma"], mean["share"]))
+    return {"max_over_sigma": height, "share": share}
 
 
 def runs_table(rows):
@@ -134,6 +141,16 @@ def bits_at_loss(row):
     return f"under {costs[-1][0]}"
 
 
+def law_columns(row):
+    """max / sigma of the tap whose norm the paper reports, also in units of sqrt(d), and what eight and six bits cost."""
+    height = row["max_over_sigma"]
+    eight, six = (f"{cost(row, row['quantized'][key]):+.1f}%" for key in ("8x8", "6x6"))
+    return {"FP": with_std(row["fp"]), "max / sigma": with_std(height, 3),
+            "over sqrt(d)": f"{height['mean'] / math.sqrt(int(row['x'])):.2g}", "share": with_std(row["share"], 2),
+            "max inf norm": with_std(row["max_inf_norm"], 3), "avg kurtosis": with_std(row["avg_kurtosis"], 3),
+            "W8A8": eight, "W6A6": six, "bits at which 20% are lost": bits_at_loss(row)}
+
+
 def blog_columns(row):
     return {"ppl ↓ as trained": with_std(row["as_trained"]), "ppl ↓, fake quantization off": with_std(row["fp"]),
             "ppl ↓ (blog)": row["published"], "training loss": with_std(row["loss"]),
@@ -145,7 +162,7 @@ def runtime_columns(row):
     return {"seconds a step": with_std(row["seconds"], 3), "relative to vanilla": with_std(row["ratio"], 3), "hours (paper)": row["published"]}
 
 
-COLUMNS = {"quantized": quantized_columns, "bits": bits_columns, "blog": blog_columns, "runtime": runtime_columns}
+COLUMNS = {"quantized": quantized_columns, "bits": bits_columns, "law": law_columns, "blog": blog_columns, "runtime": runtime_columns}
 
 
 # ---- tables and figures ----
@@ -176,26 +193,34 @@ def repetitions(rows):
             f"trainings of {min(minutes):.1f} to {max(minutes):.1f} minutes")
 
 
-def draw(experiment, table, path):
-    """NAME-FAMILY.png beside NAME.json: quality and norm over the setting, a line per group of rows. Needs matplotlib."""
+def draw(table, path, xlabel):
+    """The figure of an experiment that has one, beside NAME.json. Needs matplotlib."""
     try:
-        from minq import figures
+        from minq import figures, law
     except ImportError:
         return print("pip install -e '.[plots]' draws this as a figure, too")
-    places = {(row.family, row.label): row for row in experiment.rows}
-    lines = {}  # family -> line -> quantity -> (x, values)
-    for row in table["rows"]:
-        place = places[row["family"], row["label"]]
-        line = lines.setdefault(row["family"], {}).setdefault(place.line, {})
+    if table["columns"] == "law":
+        pictures = {path.with_suffix(".png"): law.draw(table)}
+    else:
+        pictures = {path.with_name(f"{path.stem}-{family}.png"):
+                    figures.curves(lines, f"{family}: {table['title']}", xlabel)
+                    for family, lines in against_settings(table["rows"]).items()}
+    for picture, figure in pictures.items():
+        picture.write_bytes(figures.png(figure))
+        print(picture)
+
+
+def against_settings(rows):
+    """Quality and outliers over the setting: family -> line -> quantity -> (x, values)."""
+    families = {}
+    for row in rows:
+        line = families.setdefault(row["family"], {}).setdefault(row["line"], {})
         for quantity, value in {f"{row['metric']}, floating point": row["fp"], f"{row['metric']}, W8A8": row["quantized"]["8x8"],
                                 "max inf norm": row["max_inf_norm"], "avg kurtosis (not excess)": row["avg_kurtosis"]}.items():
             x, values = line.setdefault(quantity, ([], []))
-            x.append(place.x)
+            x.append(row["x"])
             values.append(value["mean"])
-    for family, series in lines.items():
-        picture = path.with_name(f"{path.stem}-{family}.png")
-        picture.write_bytes(figures.png(figures.curves(series, f"{family}: {experiment.title}", experiment.xlabel)))
-        print(picture)
+    return families
 
 
 def with_tables(text, results):

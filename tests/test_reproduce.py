@@ -71,11 +71,11 @@ def test_runs_once_draws_resumes_verifies_and_writes_its_table(tiny):
     assert torch.load(path, weights_only=True)["step"] == 6
 
     out, _ = run("reproduce.py", "blog", "--verify")
-    assert "every line of metrics.jsonl is the same" in out
-    table["rows"][0]["metrics_sha256"] = ["0" * 64]
+    assert "all weights are the same, bit by bit" in out
+    table["rows"][0]["weights_sha256"] = ["0" * 64]
     (tiny / "results" / "blog.json").write_text(json.dumps(table))
     _, err = run("reproduce.py", "blog", "--verify", code=2)
-    assert "blog, Vanilla: metrics.jsonl differs" in err.splitlines()[-1]
+    assert "blog, Vanilla: the weights differ" in err.splitlines()[-1]
 
 
 def test_a_failing_run_is_named(tiny, monkeypatch):
