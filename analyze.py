@@ -19,6 +19,7 @@ from minq import flags
 from minq.analysis import array, on_patches, outlier_patches, record, survey, token_names, worst_dimension
 from minq.damage import by_layer
 from minq.errors import UserError, one_line_errors
+from minq.growth import growth
 from minq.outliers import watch
 from minq.quant import affine_parameters, quantize_model
 from minq.report import Report, histogram_of, report_heads, report_outliers, report_tokens
@@ -153,18 +154,35 @@ def analyze(args, report):
         {f"{tap} of layer {worst_layer + 1}": array(kept[tap][worst_layer][0])}, f"{name}: one validation sample"))
 
 
+@torch.no_grad()
 def damage(args, report):
-    """One tensor of one layer at a time in eight bits, all else in floating point."""
+    """Every tensor of every layer: how far its outliers have grown, and what it does alone in eight bits."""
     (name,) = args.runs
-    run = open_run(name, pick_device(args.device), args.data)
+    run, batches = open_run(name, pick_device(args.device), args.data), args.batches or DAMAGE_BATCHES
     build = lambda: quantize_model(copy.deepcopy(run.model), BITS, BITS)
-    kinds, sqnr = by_layer(run, build, eval_batches=args.batches or DAMAGE_BATCHES)
-    layers = range(1, run.model.config.layers + 1)
-    title = f"SQNR of the last hidden states in dB, with only one tensor of one layer in {BITS} bits"
+    found, altogether = by_layer(run, build, eval_batches=batches)
+    kinds, metric = list(found), run.model.metric
+    with watch(run.model, kinds, growth) as outliers:
+        for batch in run.validation(batches):
+            run.model(*to_device(batch, run.device)[0])
+    layers = [f"layer {layer + 1}" for layer in range(run.model.config.layers)]
+    only = f"only one tensor of one layer in {BITS} bits"
+
+    report.heading("how far outliers have grown (minq/growth.py): max / sigma, and in brackets the share of that token's energy")
+    mean = outliers.mean
+    report.table(["tap", *layers], [[kind, *(f"{height:.1f} ({share:.2f})" for height, share in
+                                            zip(mean[kind]["max_over_sigma"], mean[kind]["share"]))] for kind in kinds])
+    sqnr = {kind: [layer["sqnr"] for layer in found[kind]] for kind in kinds}
+    title = f"SQNR of the last hidden states in dB, with {only}"
     report.heading(title)
-    report.table(["tap", *(f"layer {layer}" for layer in layers)],
-                 [[kind, *(f"{value:.1f}" for value in values)] for kind, values in zip(kinds, sqnr)])
-    report.draw("damage", title, lambda f: f.damage(kinds, np.array(sqnr), f"{name}: one tensor in {BITS} bits"))
+    report.table(["tap", *layers], [[kind, *(f"{value:.1f}" for value in sqnr[kind])] for kind in kinds])
+    if metric != "sqnr":
+        report.heading(f"{metric}, with {only}")
+        report.table(["tap", *layers], [[kind, *(f"{layer['metric']:.4g}" for layer in found[kind])] for kind in kinds])
+    report.heading(f"all together in {BITS} bits")
+    report.table(["quantized", metric, "SQNR, dB"],
+                 [[row["tap"], f"{row['metric']:.4g}", f"{row['sqnr']:.1f}"] for row in altogether])
+    report.draw("damage", title, lambda f: f.damage(kinds, np.array(list(sqnr.values())), f"{name}: one tensor in {BITS} bits"))
 
 
 # ---- several runs ----

@@ -113,7 +113,12 @@ def by_kind(run, build, batches=16, eval_batches=None):
     bar = tqdm(kinds.items(), unit="tap", leave=False)
     rows = [{"tap": kind, **damage(run, model, names, states, eval_batches)} for kind, names in bar]
     rows.sort(key=lambda row: row["sqnr"])
-    every, taps = set(quantizers(model)), set(taps_of(model))
+    return rows + altogether(run, build, states, batches, eval_batches)
+
+
+def altogether(run, build, states, batches=16, eval_batches=None):
+    """[{tap, metric, sqnr}] of all activations, all weights, and everything, calibrated as they are evaluated."""
+    rows, every, taps = [], set(quantizers(build())), set(taps_of(build()))
     for title, names in (("all activations", taps), ("all weights", every - taps), ("everything", every)):
         model = calibrated(run, build, names, batches)
         rows.append({"tap": title, **damage(run, model, names, states, eval_batches)})
@@ -121,11 +126,14 @@ def by_kind(run, build, batches=16, eval_batches=None):
 
 
 def by_layer(run, build, batches=16, eval_batches=None):
-    """(kinds, SQNR (kinds, layers)) with one tap of one layer quantized."""
+    """{tap: [{metric, sqnr}, ... of each layer]} with that tap of that layer quantized; and `altogether`'s rows.
+
+    A tap that a layer does not have gives NaN.
+    """
     model, states = calibrated(run, build, (), batches), list(floating_states(run, eval_batches))
-    sqnr = {}
+    nothing = {"metric": math.nan, "sqnr": math.nan}
+    found = {}
     for name in tqdm([name for name in taps_of(model) if name.startswith("layers.")], unit="tensor", leave=False):
-        in_layers = sqnr.setdefault(name.rpartition(".")[2], [math.nan] * run.model.config.layers)
-        with only(model, [name]), parametrize.cached():
-            in_layers[int(name.split(".")[1])] = fidelity(model, states)["sqnr"]
-    return list(sqnr), list(sqnr.values())
+        in_layers = found.setdefault(name.rpartition(".")[2], [nothing] * run.model.config.layers)
+        in_layers[int(name.split(".")[1])] = damage(run, model, [name], states, eval_batches)
+    return found, altogether(run, build, states, batches, eval_batches)

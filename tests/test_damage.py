@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from minq.damage import by_kind, by_layer, fidelity, floating_states, last_hidden, only, quantizers
+from minq.growth import growth
+from minq.outliers import watch
 from minq.quant import ActivationQuantizer, affine_parameters, calibrating, fake_quantize, quantize_model
 from minq.runs import open_run
 from running import SMALL, SMALL_VIT, run
@@ -84,7 +86,7 @@ def test_with_nothing_quantized_nothing_moves(runs, name):
 @torch.no_grad()
 def test_a_single_tap_is_the_float_model_with_that_tensor_rounded(runs):
     run, build = opened(runs, "opt")
-    kinds, sqnr = by_layer(run, build, batches=1, eval_batches=1)
+    found, altogether = by_layer(run, build, batches=1, eval_batches=1)
     (inputs,) = run.calibration_inputs(0, 1)
     tap = run.model.layers[1].ffn_output_tap
     seen = []
@@ -97,7 +99,8 @@ def test_a_single_tap_is_the_float_model_with_that_tensor_rounded(runs):
     moved = last_hidden(run.model, batch)
     handle.remove()
     expected = 10 * math.log10(h.square().sum() / (moved - h).square().sum())
-    assert sqnr[kinds.index("ffn_output")][1] == pytest.approx(expected, abs=1e-2)
+    assert found["ffn_output"][1]["sqnr"] == pytest.approx(expected, abs=1e-2)
+    assert altogether == by_kind(run, build, batches=1, eval_batches=1)[-3:]
 
 
 def test_only_switches_the_others_off_and_back_on(runs):
@@ -119,7 +122,14 @@ def test_the_scripts_show_it(runs, name, tmp_path):
     assert all(tap.keys() == {"tap", "metric", "sqnr"} and not tap["tap"].endswith("_tap") for tap in row["taps"])
     assert all(f"| {tap['tap']} |" in out for tap in row["taps"])
     out, _ = run("analyze.py", runs / name, "--damage", "--batches", 1, "--out", tmp_path)
-    assert "| ffn_output | " in out and "| layer 2 |" in out
+    assert "| ffn_output | " in out and "| layer 2 |" in out and "| all weights | " in out
+    opened_run = open_run(runs / name, torch.device("cpu"))
+    with watch(opened_run.model, ("ffn_output",), growth) as outliers, torch.no_grad():
+        for batch in opened_run.validation(1):
+            opened_run.model(*batch[0])
+    mean = outliers.mean["ffn_output"]
+    cells = [f"{height:.1f} ({share:.2f})" for height, share in zip(mean["max_over_sigma"], mean["share"])]
+    assert f"| ffn_output | {' | '.join(cells)} |" in out
 
 
 def test_damage_is_a_picture_of_its_own(runs):

@@ -54,3 +54,21 @@ def test_an_outlier_alone_is_infinitely_high():
     x = torch.zeros(1, 2, 3)
     x[0, 0, 0] = 1.0
     assert growth(x)["share"].item() == 1.0 and math.isinf(growth(x)["max_over_sigma"].item())
+
+
+@pytest.mark.parametrize("r", (5.0, 50.0, 200.0))
+def test_the_height_is_read_back_from_the_kurtosis(r):
+    """One value of r among Gaussian ones: docs/law.md computes the published heights this way."""
+    law = pytest.importorskip("minq.law")  # needs matplotlib
+    n = 128 * 768
+    kurtosis_of_all = ((n - 1) * 3 + r ** 4) / n / (((n - 1) + r ** 2) / n) ** 2
+    assert law.height_of(kurtosis_of_all, n) == pytest.approx(r, rel=0.02)
+
+
+def test_the_law_is_drawn():
+    law = pytest.importorskip("minq.law")
+    row = lambda line, x, heights: {"line": line, "x": x, "max_over_sigma": {"all": heights}}
+    figure = law.draw({"title": "law", "rows": [row("BERT, vanilla", "64", [30.0, 20.0]), row("BERT, vanilla", "32", [15.0])]})
+    (ax,) = figure.axes
+    line = next(line for line in ax.lines if line.get_label() == "BERT, vanilla")
+    assert [tuple(point) for point in line.get_xydata()] == [(32.0, 15.0), (64.0, 20.0), (64.0, 30.0)]
