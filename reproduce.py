@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 import bench
 from minq import flags
+from minq.checkpoints import load_checkpoint, write_atomically
 from minq.errors import UserError, one_line_errors
 from minq.experiments import EXPERIMENTS, RECIPES
-from minq.runs import load_checkpoint, write_atomically
 from minq.tables import draw, markdown, mean_and_std, over_seeds, with_tables
 from minq.training import pick_device, pick_precision
 

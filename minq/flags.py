@@ -3,12 +3,12 @@ import argparse
 from pathlib import Path
 
 from minq.attention import ATTENTIONS, GATES
+from minq.checkpoints import load_checkpoint
 from minq.data import TEXTS
 from minq.errors import UserError
 from minq.fake_quant import GRANULARITIES
 from minq.images import IMAGES
 from minq.model import ACTIVATIONS, Config
-from minq.runs import load_checkpoint
 
 
 class Parser(argparse.ArgumentParser):

@@ -10,9 +10,10 @@ import torch
 
 import minq
 from minq import analysis, figures
+from minq.checkpoints import from_checkpoint, load_checkpoint
 from minq.data import load_text
 from minq.outliers import is_outlier
-from minq.runs import from_checkpoint, load_checkpoint, open_run
+from minq.runs import open_run
 from running import SMALL, SMALL_VIT, run
 
 

@@ -4,9 +4,10 @@ import shutil
 import pytest
 import torch
 
+from minq.checkpoints import claim, forget_after, from_checkpoint, load_checkpoint, write_atomically
 from minq.errors import UserError
 from minq.model import FAMILIES, Bert, BertConfig
-from minq.runs import claim, forget_after, from_checkpoint, load_checkpoint, require_family, write_atomically
+from minq.runs import require_family
 from running import ROOT, run, stopped_at, train
 
 OLD = ROOT / "tests" / "old"  # runs of three steps made at commit 42c73d8
