@@ -15,7 +15,7 @@ sys.path.insert(0, str(ZOO.parent))
 
 from minq.data import VALIDATION_SHARE, load_text  # noqa: E402
 from minq.errors import UserError, one_line_errors  # noqa: E402
-from minq.runs import load_checkpoint, write_atomically  # noqa: E402
+from minq.checkpoints import load_checkpoint, write_atomically  # noqa: E402
 
 EXCERPT = 600_000  # bytes
 
