@@ -194,6 +194,10 @@ class Windows:
         for i in range(0, len(chosen), size):
             yield self.sequences(tokens, chosen[i:i + size] * self.window, np.random.default_rng((0, i)))
 
+    def sequences(self, tokens, starts, rng):
+        """Sequences of the text from `starts` on, (tokens, labels)."""
+        raise NotImplementedError
+
 
 class MaskedText(Windows):
     """Sequences [CLS] + T-2 tokens + [SEP] with masked tokens to predict (Devlin et al.; paper, C.1)."""

@@ -163,6 +163,8 @@ def read_flags(family, parser, defaults, presets, argv=None):
     if not args.resume:
         return args, typed, None
     checkpoint = load_checkpoint(args.out, family)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"--resume: {args.out} has weights only, as the runs of zoo/ and of pretrained.py have; there is nothing to go on from")
     return resumed(checkpoint, typed, args.out), typed, checkpoint
 
 

@@ -5,6 +5,7 @@ import time
 from dataclasses import asdict, dataclass
 from itertools import starmap
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -207,7 +208,7 @@ class OpenedRun:
     name: str
     checkpoint: dict
     model: torch.nn.Module
-    data: object
+    data: Any
     device: torch.device
 
     def validation(self, batches=None):

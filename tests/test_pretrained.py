@@ -127,8 +127,8 @@ def assert_close(ours, theirs):
 def assert_same(run, theirs, output="logits"):
     """The run's model and transformers', on random tokens: all positions, and fewer."""
     config = run.model.config
-    tokens = torch.randint(config.vocab_size, (3, config.seq_len), generator=torch.Generator().manual_seed(1))
-    for tokens in (tokens, tokens[:, :5]):
+    full = torch.randint(config.vocab_size, (3, config.seq_len), generator=torch.Generator().manual_seed(1))
+    for tokens in (full, full[:, :5]):
         ours = run.model(tokens) if output == "logits" else last_hidden(run.model, (tokens,))
         assert_close(ours, theirs(tokens)[output])
 
