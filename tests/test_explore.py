@@ -257,7 +257,7 @@ def test_panel_1_shows_minqs_numbers(ask):
     }
     return seen;""")
     assert len(shown) == 5 * (6 + 4 + 3)
-    for how, outlier, n_bits, value, live, *figures in shown:
+    for _, outlier, n_bits, value, live, *figures in shown:
         assert [float(figure) for figure in figures] == pytest.approx(minqs_grid(outlier, n_bits), abs=0.00051)
         assert value.startswith(f"{outlier:g}") and f"Outlier {outlier:g}, {n_bits} bits" in live and figures[-1] in live
     assert [outlier for how, outlier, *_ in shown if how == "button"] == [3, 20, 200, 700] * 5
