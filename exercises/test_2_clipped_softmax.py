@@ -20,7 +20,8 @@ def test_gamma_0_and_zeta_1_are_the_plain_softmax(solution):
     scores = torch.sin(torch.arange(120.0)).view(2, 3, 4, 5)
     y = solution.clipped_softmax(scores, 0.0, 1.0)
     check("clipped softmax with gamma = 0 and zeta = 1", y, scores.softmax(-1), {
-        f"you normalized over dimension {dim}: over the last one rows sum to 1": scores.softmax(dim) for dim in range(3)})
+        f"you normalized over dimension {dim}: it is the last one that sums to 1":
+            scores.softmax(dim) for dim in range(3)})
 
 
 def test_large_scores_do_not_overflow(solution):

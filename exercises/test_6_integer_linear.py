@@ -31,13 +31,15 @@ def test_the_sum_is_exact(solution):
         "you added z: q_x - z": (x + z) @ w.T,
         "you subtracted z once, not z times the sum of the row of q_w": x @ w.T - z,
         "you subtracted z times the sum of all of q_w: each row has a sum of its own": x @ w.T - z * w.sum(),
-        "you subtracted z times the sums of q_x's rows: it is q_w's that z multiplies":
+        "you subtracted z times the sums of q_x's rows, as if the weights had a zero point: take q_w's rows":
             x @ w.T - z * x.sum(1, keepdim=True),
         "you subtracted the sums of q_w's rows without z": x @ w.T - w.sum(1),
-        "you subtracted z from the weights: it belongs to q_x": x @ (w - z).T,
         "you subtracted z from both": (x - z) @ (w - z).T,
-        "your sums are in 8 bits and overflow: convert to int32 before you multiply": wrapped(expected, 8),
-        "your sums are in 16 bits and overflow: convert to int32": wrapped(expected, 16),
+        "your sums are in 8 bits and overflow: convert to int32 before you multiply":
+            wrapped(x @ w.T, 8) - z * w.sum(1),
+        "your sums are in 16 bits and overflow: convert to int32 before you multiply":
+            wrapped(x @ w.T, 16) - z * w.sum(1),
+        "your sums are in 16 bits, and overflow: convert to int32 before you multiply": wrapped(expected, 16),
         "you read q_x as int8, so its levels above 127 became negative: convert uint8 to int32":
             signed @ w.T - z * w.sum(1),
         "you subtracted z in uint8, which has no negative numbers: convert to int32 first":
