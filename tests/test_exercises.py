@@ -417,6 +417,12 @@ def test_a_mistake_is_named(exercise, right, wrong, words):
     assert any(words in message for message in messages), messages
 
 
+def test_the_page_counts_right():
+    page = (ROOT / "exercises" / "README.md").read_text()
+    tests = sum(len(graders(exercise)) for exercise in EXERCISES)
+    assert f"{tests} tests, so {tests} points" in page and f"{sum(map(len, MISTAKES.values()))} wrong solutions" in page
+
+
 # ---- as a student meets them ----
 
 HINTS = dict(zip(EXERCISES, (3, 2, 2, 2, 1, 2)))  # how often an empty file raises
