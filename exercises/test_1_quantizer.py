@@ -45,6 +45,13 @@ def test_a_tensor_of_zeros_has_a_grid_too(solution):
     check("a tensor of zeros, quantized and mapped back", got, torch.zeros(3))
 
 
+def test_small_values_have_a_small_scale(solution):
+    scale, _ = parameters(solution, -1e-6, 1e-6, 8)
+    steps = 2e-6 / scale
+    assert 254.9 < steps < 255.1, \
+        f"values from -1e-6 to 1e-6 get {steps:.3g} steps instead of 255: is the least scale that you allow too large?"
+
+
 def test_halves_go_to_the_even_level(solution):
     one, zero = torch.tensor(1.0), torch.tensor(0.0)
     x = torch.tensor([0.5, 1.5, 2.5, 3.5])

@@ -7,8 +7,8 @@ from exercises.grading import check
 
 GAMMA, ZETA = -0.1, 1.05
 # Both rows have entries below the lower threshold, the second has one above the upper.
-SCORES = torch.tensor([[2.0, 1.0, -1.0, -2.0], [6.0, 1.0, 0.0, -1.0]], dtype=torch.float64)
-G = torch.tensor([[1.0, -2.0, 3.0, 0.5], [2.0, 1.0, -1.0, 4.0]], dtype=torch.float64)
+SCORES = torch.tensor([[[2.0, 1.0, -1.0, -2.0], [6.0, 1.0, 0.0, -1.0]]], dtype=torch.float64)  # (1, 2, 4)
+G = torch.tensor([[[1.0, -2.0, 3.0, 0.5], [2.0, 1.0, -1.0, 4.0]]], dtype=torch.float64)
 
 
 def by_hand(row, gamma, zeta):
@@ -33,7 +33,7 @@ def test_large_scores_do_not_overflow(solution):
 
 def test_it_is_equation_4(solution):
     p = SCORES.softmax(-1)
-    expected = torch.tensor([by_hand(row, GAMMA, ZETA) for row in SCORES.tolist()])
+    expected = torch.tensor([[by_hand(row, GAMMA, ZETA) for row in SCORES[0].tolist()]])
     stretched = (ZETA - GAMMA) * p + GAMMA
     check("eq. 4", solution.clipped_softmax(SCORES.clone(), GAMMA, ZETA), expected, {
         "you did not clip after the stretch: values below 0 or above 1 are left": stretched,
@@ -71,7 +71,7 @@ def gradients(gamma, zeta):
             dp * p * (1 - p),
         "you left out the sum: when one probability grows, the others of its row shrink": dp * p,
         "you summed over the wrong dimension: the sum goes over the row":
-            p * (dp - (dp * p).sum(0, keepdim=True)),
+            p * (dp - (dp * p).sum(-2, keepdim=True)),
         "you summed over the whole tensor: each row has a sum of its own": p * (dp - (dp * p).sum()),
         "you used y for p in the last line: p is the softmax, before the stretch":
             y * (dp - (dp * y).sum(-1, keepdim=True)),
