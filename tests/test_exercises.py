@@ -158,6 +158,7 @@ MISTAKES = {
         ("low, high = low.clamp(max=0), high.clamp(min=0)", "low = low.clamp(max=0)",
          "your grid does not contain 0: for values from -4 to -2"),
         (".clamp(min=1e-30)", "", "the scale of a tensor of zeros is 0.0"),
+        (".clamp(min=1e-30)", ".clamp(min=1e-5)", "is the least scale that you allow too large"),
         ("torch.round(x / scale)", "torch.floor(x / scale + 0.5)", "you rounded halves up"),
         ("torch.round(x / scale)", "torch.trunc(x / scale)", "you cut fractions off"),
         ("torch.round(x / scale)", "x / scale", "you did not round"),
@@ -211,7 +212,7 @@ MISTAKES = {
         ("p * (dp - (dp * p).sum(-1, keepdim=True))", "p * (1 - p) * dp",
          "you took p * (1 - p) as the softmax's gradient"),
         ("(dp - (dp * p).sum(-1, keepdim=True))", "dp", "you left out the sum"),
-        ("(dp * p).sum(-1, keepdim=True)", "(dp * p).sum(0, keepdim=True)",
+        ("(dp * p).sum(-1, keepdim=True)", "(dp * p).sum(1, keepdim=True)",
          "you summed over the wrong dimension"),
         ("(dp * p).sum(-1, keepdim=True)", "(dp * p).sum()", "you summed over the whole tensor"),
         ("return p * (dp - (dp * p)", "return y * (dp - (dp * y)", "you used y for p in the last line"),
@@ -438,6 +439,7 @@ def test_an_empty_exercise_says_what_to_write(exercise):
     assert len(messages) == len(graders(exercise)) and set(messages) <= set(hints)
 
 
+@pytest.mark.slow
 def test_pytest_grades_what_was_handed_in(tmp_path):
     """One exercise without and one with a mistake."""
     folder = tmp_path / "exercises"
