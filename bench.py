@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
-from minq.augment import augment
+from minq.augment import Draws, augment
 from minq.data import CausalText, MaskedText, load_text
 from minq.fake_quant import fake_quantize_training
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
@@ -302,9 +302,9 @@ def augmentation(args):
         side, classes = model.config.image_size, model.config.classes
         images = torch.rand(size, 3, side, side, device=args.device)
         labels = torch.randint(classes, (size,), device=args.device)
-        generator = torch.Generator(args.device).manual_seed(0)
+        draws = Draws(0, args.device)
         step = training_step(model, lambda: F.cross_entropy(model(images).float(), labels), args)
-        build = lambda: augment(images, labels, classes, generator, size=side, **recipe)
+        build = lambda: augment(images, labels, classes, draws, size=side, **recipe)
         seconds = in_turns({"training step": step, "augmentation": build}, 2 * args.rounds, args.device)
         report(f"augmenting a batch, {title}", seconds, "training step")
 

@@ -5,17 +5,18 @@
     python train_vit.py --data cifar10 --steps 4000       downloads CIFAR-10; or a folder that holds it
     torchrun --nproc-per-node 8 train_vit.py --preset paper --data imagenet/
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from minq import flags
-from minq.augment import augment
-from minq.errors import one_line_errors
+from minq.augment import Draws, augment
+from minq.errors import UserError, one_line_errors
 from minq.images import IMAGES, Images, load_images
 from minq.model import ViT, ViTConfig
 from minq.runs import Run
 from minq.training import (autocast, cosine_schedule, parameter_groups, pick_device, pick_precision,
-                           set_lr, start_processes, to_device)
+                           set_lr, start_processes, step_seed, to_device)
 
 # ---- recipes ----
 
@@ -80,14 +81,17 @@ def main(argv=None):
 
     # ---- loop: the run counts, resumes, evaluates, logs, saves and reports (minq/runs.py) ----
     run = Run(args, data, model, optimizer, scaler, checkpoint)
+    if args.batch_size // run.world % 2 and (args.mixup or args.cutmix):
+        raise UserError(f"--batch-size {args.batch_size}: --mixup and --cutmix mix the images of a process in pairs; "
+                        f"expected a multiple of {2 * run.world}")
     for step in run.steps():
         set_lr(optimizer, args.lr * cosine_schedule(step, args.warmup, args.steps))
         rows = data.train_rows(args.seed, step, batch_size)
-        for i, (slice_rows,) in enumerate(run.slices(rows)):
+        for slice_rows, places in run.slices(rows, np.arange(batch_size)):
             images, labels = to_device(data.train_images(slice_rows), device)
-            generator = torch.Generator(device).manual_seed(torch.initial_seed() + i)  # of this step, rank and slice
+            draws = Draws(step_seed(args.seed, step), device, places, batch_size)
             images, targets = augment(
-                images, labels, data.classes, generator, size=data.image_size,
+                images, labels, data.classes, draws, size=data.image_size,
                 crop_scale=(args.crop_scale, 1.0) if args.crop_scale else None, flip=args.flip,
                 rand_layers=args.rand_augment, rand_magnitude=args.rand_magnitude, jitter=args.jitter,
                 mixup=args.mixup, cutmix=args.cutmix, label_smoothing=args.label_smoothing)

@@ -1,14 +1,13 @@
 """The image augmentation of the ViT recipe (paper, C.3), as timm defines it, batched on tensors.
 
-    generator = torch.Generator().manual_seed(seed)
-    images, targets = augment(images, labels, classes, generator, size=224)
+    images, targets = augment(images, labels, classes, Draws(seed), size=224)
 
 The paper names the pieces; where it gives no strength, the defaults are those of timm's ViT recipes.
 Pieces, in timm's order: random resized crop, flip, RandAugment, colour jitter, Mixup or CutMix, label
 smoothing. (timm drops the jitter when RandAugment is on. The paper lists both, so both are applied.)
 
 Images are floats in [0, 1], (B, 3, H, W), and nothing rounds them to 8 bits between two pieces, as
-PIL does. Randomness comes from `generator` alone; it lives on the device of the images.
+PIL does. Randomness comes from `draws` alone; they are made on the device of the images.
 """
 import math
 
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 
-def augment(images, labels, classes, generator, *, size, crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5,
+def augment(images, labels, classes, draws, *, size, crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5,
             rand_layers=2, rand_magnitude=9.0, jitter=0.4, mixup=0.8, cutmix=1.0, label_smoothing=0.1):
     """A training batch: images (B, 3, H, W), labels (B,) -> images (B, 3, size, size), soft targets (B, classes).
 
@@ -24,18 +23,51 @@ def augment(images, labels, classes, generator, *, size, crop_scale=(0.08, 1.0),
     `crop_scale` None the images are cropped as for evaluation.
     """
     if crop_scale:
-        images = random_resized_crop(images, size, crop_scale, crop_ratio, generator)
+        images = random_resized_crop(images, size, crop_scale, crop_ratio, draws)
     else:
         images = centre_crop(images, size)
-    images = random_flip(images, flip, generator)
-    images = rand_augment(images, rand_layers, rand_magnitude, generator)
-    images = colour_jitter(images, jitter, generator)
-    images, lam = mix(images, mixup, cutmix, generator)
+    images = random_flip(images, flip, draws)
+    images = rand_augment(images, rand_layers, rand_magnitude, draws)
+    images = colour_jitter(images, jitter, draws)
+    images, lam = mix(images, mixup, cutmix, draws)
     return images, soft_targets(labels, classes, label_smoothing, lam)
 
 
-def uniform(generator, *shape):
-    return torch.rand(shape, generator=generator, device=generator.device)
+class Draws:
+    """The random numbers of a batch, a function of `seed`: one for the batch, or one for each of its n images.
+
+    A slice of a batch says what `places` of how many, `size`, it holds: all numbers are drawn for the whole
+    and the slice gets its own, so that they do not depend on how a batch is sliced.
+    """
+
+    def __init__(self, seed, device="cpu", places=None, size=None):
+        self.generator = torch.Generator(device).manual_seed(seed)
+        self.places, self.size = places, size
+        self.source = {"generator": self.generator, "device": device}
+
+    def one(self):
+        return torch.rand((), **self.source).item()
+
+    def uniform(self, n, *shape):
+        return self.part(torch.rand(self.size or n, *shape, **self.source))
+
+    def normal(self, n):
+        return self.part(torch.randn(self.size or n, **self.source))
+
+    def integer(self, below, n):
+        return self.part(torch.randint(below, (self.size or n,), **self.source))
+
+    def order(self, n):
+        return torch.randperm(n, **self.source).tolist()
+
+    def beta(self, alpha):
+        """One draw from Beta(alpha, alpha), as the share of one of two gamma draws."""
+        shape = torch.full((2,), alpha, dtype=torch.float64, device=self.generator.device)
+        a, b = torch._standard_gamma(shape, generator=self.generator).tolist()  # torch.distributions takes no generator
+        return a / (a + b)
+
+    def part(self, numbers):
+        return numbers if self.places is None else numbers[self.places]
 
 
 def per_image(values):
@@ -45,14 +77,14 @@ def per_image(values):
 
 # ---- crop and flip ----
 
-def random_resized_crop(images, size, scale, ratio, generator):
+def random_resized_crop(images, size, scale, ratio, draws):
     """Cut a random box out of each image and resize it to size x size, by bilinear or bicubic interpolation."""
     B, _, H, W = images.shape
-    boxes = draw_boxes(B, H, W, scale, ratio, generator)
-    return crop_and_resize(images, boxes, size, bicubic=uniform(generator, B) < 0.5)
+    boxes = draw_boxes(B, H, W, scale, ratio, draws)
+    return crop_and_resize(images, boxes, size, bicubic=draws.uniform(B) < 0.5)
 
 
-def draw_boxes(n, height, width, scale, ratio, generator):
+def draw_boxes(n, height, width, scale, ratio, draws):
     """n boxes as (top, left, height, width), each (n,), drawn as torchvision's RandomResizedCrop does.
 
     A try is an area, uniform between the two of `scale` (as a share of the image), and a ratio
@@ -60,9 +92,9 @@ def draw_boxes(n, height, width, scale, ratio, generator):
     the image. If none of ten fits, the largest central box whose ratio is allowed is taken.
     """
     tries = 10
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform(generator, n, tries))
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws.uniform(n, tries))
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = (low + (high - low) * uniform(generator, n, tries)).exp()
+    aspect = (low + (high - low) * draws.uniform(n, tries)).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (n, tries)
     fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
 
@@ -71,7 +103,7 @@ def draw_boxes(n, height, width, scale, ratio, generator):
     h = F.pad(h, (0, 1), value=min(height, round(width / ratio[0])))
     first = F.pad(fits, (0, 1), value=True).int().argmax(dim=1, keepdim=True)
     w, h, central = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], first[:, 0] == tries
-    top, left = (torch.where(central, (room / 2).floor(), (uniform(generator, n) * (room + 1)).floor())
+    top, left = (torch.where(central, (room / 2).floor(), (draws.uniform(n) * (room + 1)).floor())
                  for room in (height - h, width - w))
     return top, left, h, w
 
@@ -105,9 +137,9 @@ def resize_matrix(start, length, full, size, bicubic):
     return weight / weight.sum(dim=-1, keepdim=True)
 
 
-def random_flip(images, probability, generator):
+def random_flip(images, probability, draws):
     """Mirror each image, left for right, with the given probability."""
-    flipped = uniform(generator, len(images)) < probability
+    flipped = draws.uniform(len(images)) < probability
     return torch.where(per_image(flipped), images.flip(-1), images)
 
 
@@ -194,13 +226,13 @@ def solarize_add(x, addend):
     return torch.where(x < 128 / 255, (x + per_image(addend / 255)).clamp(max=1.0), x)
 
 
-def colour_jitter(images, strength, generator):
+def colour_jitter(images, strength, draws):
     """Brightness, contrast and saturation, in random order, each times a factor in 1 +- strength per image."""
     if not strength:
         return images
     jitters = (brightness, contrast, saturation)
-    for i in torch.randperm(3, generator=generator, device=generator.device).tolist():
-        images = jitters[i](images, 1 + strength * (2 * uniform(generator, len(images)) - 1))
+    for i in draws.order(3):
+        images = jitters[i](images, 1 + strength * (2 * draws.uniform(len(images)) - 1))
     return images
 
 
@@ -249,18 +281,18 @@ OPS = {
 }
 
 
-def rand_augment(images, layers, magnitude, generator):
+def rand_augment(images, layers, magnitude, draws):
     """`layers` times: each image draws an operation and, with probability 1/2, undergoes it.
 
     The magnitude gets Gaussian noise of standard deviation 0.5 and stays within [0, 10].
     """
-    B, device = len(images), generator.device
+    B = len(images)
     for _ in range(layers):
-        op = torch.randint(len(OPS), (B,), generator=generator, device=device)
-        op[uniform(generator, B) < 0.5] = -1
-        noise = torch.randn(B, generator=generator, device=device)
+        op = draws.integer(len(OPS), B)
+        op[draws.uniform(B) < 0.5] = -1
+        noise = draws.normal(B)
         m = ((magnitude + 0.5 * noise) / 10).clamp(0.0, 1.0)
-        images = apply_ops(images, op, torch.where(uniform(generator, B) < 0.5, m, -m))
+        images = apply_ops(images, op, torch.where(draws.uniform(B) < 0.5, m, -m))
     return images
 
 
@@ -277,37 +309,38 @@ def apply_ops(images, op, signed):
 
 # ---- Mixup, CutMix, label smoothing ----
 
-def mix(images, mixup_alpha, cutmix_alpha, generator):
-    """Mixup or CutMix (a coin decides, once per batch) with the batch in reverse -> images, lambda.
+def neighbours(x):
+    """Each row's partner: rows 0 and 1 change places, 2 and 3, and so on; an odd one at the end is its own.
+
+    (timm turns the batch around. But then a slice of a batch would lack its partners.)
+    """
+    return x[(torch.arange(len(x), device=x.device) ^ 1).clamp(max=len(x) - 1)]
+
+
+def mix(images, mixup_alpha, cutmix_alpha, draws):
+    """Mixup or CutMix (a coin decides, once per batch) with each image's neighbour -> images, lambda.
 
     lambda ~ Beta(alpha, alpha) is the share that an image keeps of itself, 1 if both alphas are 0.
     """
     if not mixup_alpha and not cutmix_alpha:
         return images, 1.0
-    cuts = uniform(generator).item() < 0.5 if mixup_alpha and cutmix_alpha else not mixup_alpha
-    lam = beta(cutmix_alpha if cuts else mixup_alpha, generator)
-    return cutmix(images, lam, generator) if cuts else (lam * images + (1 - lam) * images.flip(0), lam)
+    cuts = draws.one() < 0.5 if mixup_alpha and cutmix_alpha else not mixup_alpha
+    lam = draws.beta(cutmix_alpha if cuts else mixup_alpha)
+    return cutmix(images, lam, draws) if cuts else (lam * images + (1 - lam) * neighbours(images), lam)
 
 
-def cutmix(images, lam, generator):
+def cutmix(images, lam, draws):
     """Paste a box of the partner's over each image -> images, the share that is really left of each.
 
     The box has 1 - lam of the area, but its centre is anywhere in the image, so part of it may lie outside.
     """
     H, W = images.shape[-2:]
     half_h, half_w = (int(side * math.sqrt(1 - lam)) // 2 for side in (H, W))
-    y, x = (int(uniform(generator) * side) for side in (H, W))
+    y, x = (int(draws.one() * side) for side in (H, W))
     box = (..., slice(max(y - half_h, 0), y + half_h), slice(max(x - half_w, 0), x + half_w))
     mixed = images.clone()
-    mixed[box] = images.flip(0)[box]
+    mixed[box] = neighbours(images)[box]
     return mixed, 1 - mixed[0, 0][box].numel() / (H * W)
-
-
-def beta(alpha, generator):
-    """One draw from Beta(alpha, alpha), as the share of one of two gamma draws."""
-    shape = torch.full((2,), alpha, dtype=torch.float64, device=generator.device)
-    a, b = torch._standard_gamma(shape, generator=generator).tolist()  # torch.distributions takes no generator
-    return a / (a + b)
 
 
 def soft_targets(labels, classes, smoothing=0.0, lam=1.0):
@@ -315,4 +348,4 @@ def soft_targets(labels, classes, smoothing=0.0, lam=1.0):
     off = smoothing / classes
     y = torch.full((len(labels), classes), off, device=labels.device)
     y.scatter_(1, labels[:, None], 1 - smoothing + off)
-    return lam * y + (1 - lam) * y.flip(0)
+    return lam * y + (1 - lam) * neighbours(y)

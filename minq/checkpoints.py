@@ -6,9 +6,15 @@ evaluation: loss, the family's metric, norm and kurtosis of every layer).
 import json
 import os
 import textwrap
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 from minq.attention import ATTENTIONS
 from minq.errors import UserError
@@ -17,15 +23,44 @@ from minq.model import FAMILIES
 
 # ---- written ----
 
+@contextmanager
+def held(folder):
+    """While active no other process can hold `folder`, which is made if need be: two trainings would mix their runs.
+
+    The system lets go of it when the process ends, however it ends. (Not on Windows, nor where a file
+    system knows no locks.) Raises UserError.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY) if fcntl else None
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
+    try:
+        if fcntl:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(f"--out {folder}: another process is training there; wait for it, or name another --out") from None
+    except OSError:
+        pass
+    try:
+        yield
+    finally:
+        if fcntl:
+            os.close(handle)
+
+
 def claim(folder, overwrite):
-    """Take the folder for a new run."""
+    """Begin a new run in `folder`. Raises UserError if it holds one, unless it is to be overwritten."""
     checkpoint, metrics = folder / "checkpoint.pt", folder / "metrics.jsonl"
-    if (checkpoint.exists() or metrics.exists()) and not overwrite:
+    if not overwrite and checkpoint.exists():
         raise UserError(f"--out {folder}: already holds a run; continue it with --resume, "
+                        "replace it with --overwrite, or name another --out")
+    if not overwrite and metrics.exists() and metrics.stat().st_size:  # an empty one: killed before it had anything to lose
+        raise UserError(f"--out {folder}: holds the log of a run that ended before its first checkpoint; "
                         "replace it with --overwrite, or name another --out")
     try:
         checkpoint.unlink(missing_ok=True)
-        folder.mkdir(parents=True, exist_ok=True)
         metrics.write_text("")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
@@ -34,16 +69,64 @@ def claim(folder, overwrite):
 def forget_after(folder, step):
     """Drop what was logged after the checkpoint of `step`, half-written lines included."""
     metrics = folder / "metrics.jsonl"
-    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-    write_atomically(metrics, lambda path: path.write_text("".join(kept)))
+    lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
+    kept = []
+    for line in lines:
+        with suppress(ValueError):  # a power cut can leave anything after the checkpoint's last line
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_atomically(metrics, lambda path: path.write_bytes(b"".join(kept)))
+
+
+def append_line(path, line):
+    """Add a line to a log, on the disk before anything else is done: a checkpoint must not know more than its log."""
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def write_atomically(path, write):
-    """Write a new file beside `path`, then put it in its place: at no moment is `path` half written."""
+    """Let `write` make a new file beside `path`, then put it in its place: at no moment is `path` half written.
+
+    It is on the disk before it takes the place, so that a power cut leaves the old or the new one. Raises
+    UserError where it cannot be written, a full disk for one: `path` then stays as it was.
+    """
     new = path.with_name(path.name + ".new")
-    write(new)
-    os.replace(new, path)
+    try:
+        write(new)
+        flush_to_disk(new)
+        os.replace(new, path)
+        if os.name == "posix":  # elsewhere a folder cannot be opened
+            flush_to_disk(path.parent)
+    except (OSError, RuntimeError) as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save raises RuntimeError over it
+        if not isinstance(cause, OSError):
+            raise
+        with suppress(OSError):
+            new.unlink(missing_ok=True)
+        kept = "; it stays as it was before" if path.exists() else ""
+        raise UserError(f"{path}: cannot be written: {cause.strerror}{kept}") from None
+
+
+def flush_to_disk(path):
+    """Have the system write what it holds back of a file, or of a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def save_checkpoint(folder, checkpoint):
+    """Replace the folder's checkpoint."""
+    def write(path):
+        with open(path, "wb") as file:  # given a name, torch.save would not tell what went wrong
+            torch.save(checkpoint, file)
+    write_atomically(folder / "checkpoint.pt", write)
 
 
 # ---- read again ----

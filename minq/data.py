@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from minq.errors import UserError
-from minq.images import Images, load_images
+from minq.images import Images, load_images, mapped_files, share
 
 IGNORE = -100            # a label that is not predicted (cross_entropy's default)
 VALIDATION_SHARE = 0.1   # the last tenth of a text
@@ -179,6 +179,7 @@ class Windows:
                 raise UserError(f"--data: its {name} part has {len(text.split(name))} tokens, "
                                 f"fewer than one sequence of --seq-len {seq_len}")
         self.text, self.seq_len, self.window, self.sha256 = text, seq_len, window, text.sha256
+        self.files = mapped_files(text.tokens)
 
     def train_batch(self, seed, step, size):
         """(tokens, labels), int64 (size, T), always the same for the same (seed, step)."""
@@ -186,12 +187,12 @@ class Windows:
         tokens = self.text.split("train")
         return self.sequences(tokens, rng.integers(len(tokens) - self.window + 1, size=size), rng)
 
-    def validation_batches(self, size, batches):
+    def validation_batches(self, size, batches, rank=0, world=1):
         """Up to `batches` pairs (tokens, labels), always the same, that do not overlap."""
         tokens = self.text.split("validation")
         available = len(tokens) // self.window
         chosen = np.linspace(0, available - 1, min(available, size * batches)).astype(int)
-        for i in range(0, len(chosen), size):
+        for i in share(range(0, len(chosen), size), rank, world):
             yield self.sequences(tokens, chosen[i:i + size] * self.window, np.random.default_rng((0, i)))
 
     def sequences(self, tokens, starts, rng):
@@ -256,8 +257,8 @@ class CausalText(Windows):
 def open_data(args):
     """The data of a run, from its arguments (a dict): images, masked text or causal text, as they tell.
 
-    An object with `sha256`, `unit`, train_batch(seed, step, size) and validation_batches(size, batches),
-    which give arrays, and to_model(*arrays) -> (inputs, targets).
+    An object with `sha256`, `unit`, `files`, train_batch(seed, step, size) and validation_batches(size, batches,
+    rank, world), which give arrays, and to_model(*arrays) -> (inputs, targets).
     """
     if "image_size" in args:
         return Images(load_images(args["data"]), args["image_size"])
@@ -265,3 +266,16 @@ def open_data(args):
     if "mask_prob" in args:
         return MaskedText(text, args["seq_len"], args["mask_prob"])
     return CausalText(text, args["seq_len"])
+
+
+def stamps(files):
+    """{file: (size, time of its last change)}, None for one that is gone."""
+    return {file: (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in map(Path, files)}
+
+
+def require_unchanged(then):
+    """Raise UserError if a file that training reads from is no longer what it was when `then` was taken of it."""
+    for file, now in stamps(then).items():
+        if now != then[file]:
+            raise UserError(f"--data {file}: was changed while this run reads it; put the old file back and --resume, "
+                            "or begin another run")

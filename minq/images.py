@@ -212,6 +212,16 @@ def cifar10_folder():
 
 # ---- batches ----
 
+def share(batches, rank, world):
+    """The part of a sequence of batches that one of `world` processes evaluates: all, where there are too few."""
+    return batches[rank::world] if len(batches) >= world else batches
+
+
+def mapped_files(*arrays):
+    """The files that arrays show as they are on the disk now, rather than as they were when they were opened."""
+    return {array.filename for array in arrays if isinstance(array, np.memmap) and array.filename}
+
+
 class Images:
     """Batches of labelled images, uint8; `to_model` makes them floats. The model itself normalizes them.
 
@@ -222,6 +232,7 @@ class Images:
     def __init__(self, source, image_size=None):
         self.source, self.classes, self.sha256 = source, source.classes, source.sha256
         self.image_size = image_size or source.train.images.shape[1]
+        self.files = mapped_files(*(array for part in (source.train, source.validation) for array in (part.images, part.labels)))
 
     def train_rows(self, seed, step, size):
         """Which images batch `step` holds, (size,), drawn at random: the same for the same (seed, step)."""
@@ -235,11 +246,11 @@ class Images:
         """The images (B, 3, H, W) and labels (B,) of some `train_rows`, to be augmented."""
         return self.to_float(*self.source.train.take(rows))
 
-    def validation_batches(self, size, batches):
+    def validation_batches(self, size, batches, rank=0, world=1):
         """Up to `batches` pairs (images, labels): always the same images, evenly spread, none twice."""
         available = len(self.source.validation)
         chosen = np.linspace(0, available - 1, min(available, size * batches)).astype(int)
-        for i in range(0, len(chosen), size):
+        for i in share(range(0, len(chosen), size), rank, world):
             yield self.source.validation.take(chosen[i:i + size])
 
     @staticmethod

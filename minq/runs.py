@@ -1,7 +1,9 @@
 """A run: a training that can be stopped, continued and opened again. (Its folder: checkpoints.py.)"""
 import json
 import signal
+import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from itertools import starmap
 from pathlib import Path
@@ -12,16 +14,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minq.checkpoints import (claim, forget_after, from_checkpoint, load_checkpoint, load_weights, require_same_data,
-                              require_same_optimizer, write_atomically)
-from minq.data import open_data
+from minq.checkpoints import (append_line, claim, forget_after, from_checkpoint, held, load_checkpoint, load_weights,
+                              require_same_data, require_same_optimizer, save_checkpoint)
+from minq.data import open_data, require_unchanged, stamps
 from minq.errors import UserError
 from minq.fake_quant import fake_quantization_off, fake_quantize_training
 from minq.growth import growth
 from minq.model import FAMILIES
 from minq.outliers import watch
 from minq.quant import calibrating
-from minq.training import evaluate, seed_step, to_device
+from minq.training import added_up, crowded, evaluate, seed_step, to_device
 
 PATIENCE = 20  # steps in a row whose loss is not finite, before a run is given up
 CALIBRATION_SEED = 1_000_000  # plus 0, 1, 2: other batches than training's own, whose seeds are small
@@ -65,34 +67,34 @@ class Run:
             self.step, self.seconds, self.train_loss = (checkpoint[name] for name in ("step", "seconds", "train_loss"))
         self.train_loss = self.train_loss.to(self.device)  # summed since the last evaluation
         self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)  # in a row, with a loss not finite
-        if self.rank == 0:
-            forget_after(self.folder, self.step) if checkpoint else claim(self.folder, args.overwrite)
+        self.resumed, self.files = checkpoint is not None, stamps(data.files)
+        self.signal, self.hopeless, self.crowded = 0, False, None
 
     # ---- the loop ----
 
     def steps(self):
         """Yield the number of each step; between two of them log, evaluate and save when it is time."""
         args, started = self.args, time.perf_counter() - self.seconds
-        progress = tqdm(total=args.steps, initial=self.step, unit="step", disable=self.rank > 0)
-        with Interrupt() as interrupt:
-            while self.step < args.steps and not interrupt.raised:
-                seed_step(args.seed, self.step, self.rank)
-                self.step_loss = torch.zeros((), device=self.device)
-                yield self.step
-                self.step += 1
-                self.count_loss()
-                progress.update()
-                if self.step % LOOK_EVERY == 0:
-                    self.show(progress)
-                    if self.bad_steps >= PATIENCE:
-                        break
-                last = self.step == args.steps
-                if self.step % args.eval_every == 0 or last:
-                    self.evaluate()
-                self.seconds = time.perf_counter() - started
-                if self.step % args.save_every == 0 or last or interrupt.raised:
-                    self.save()
-        progress.close()
+        with held(self.folder) if self.rank == 0 else nullcontext(), Interrupt() as interrupt:
+            if self.rank == 0:
+                forget_after(self.folder, self.step) if self.resumed else claim(self.folder, args.overwrite)
+            with tqdm(total=args.steps, initial=self.step, unit="step", disable=self.rank > 0) as progress:
+                while self.step < args.steps and not self.signal and not self.hopeless:
+                    seed_step(args.seed, self.step, self.rank)
+                    self.step_loss = torch.zeros((), device=self.device)
+                    yield self.step
+                    self.step += 1
+                    require_unchanged(self.files)
+                    self.share(interrupt.signal)
+                    progress.update()
+                    if self.step % LOOK_EVERY == 0:
+                        self.look(progress)
+                    last = self.step == args.steps
+                    if self.step % args.eval_every == 0 or last:
+                        self.evaluate()
+                    self.seconds = time.perf_counter() - started
+                    if self.step % args.save_every == 0 or last or self.signal:
+                        self.save()
         self.report()
 
     def slices(self, *arrays):
@@ -105,26 +107,44 @@ class Run:
             start = (i * self.world + self.rank) * size
             yield tuple(array[start:start + size] for array in arrays)
 
-    def count_loss(self):
+    def share(self, signal):
+        """After a step: what all processes must agree on, its loss and whether to stop."""
         if self.world > 1:
             dist.all_reduce(self.step_loss)
             self.step_loss /= self.world
+            signals = torch.tensor(signal)  # it reaches each process at another step
+            dist.all_reduce(signals, dist.ReduceOp.MAX)
+            signal = signals.item()
+        self.signal = signal
         self.train_loss += self.step_loss
         self.bad_steps = (self.bad_steps + 1) * ~self.step_loss.isfinite()
 
-    def show(self, progress):
+    def look(self, progress):
+        """Show the loss; see whether the run has lost its numbers, or its share of the machine."""
         rate = (progress.format_dict["rate"] or 0.0) * self.items
         progress.set_postfix_str(f"loss {self.step_loss.item():.3f}, {rate:,.0f} {self.data.unit}/s", refresh=False)
+        self.hopeless = bool(self.bad_steps >= PATIENCE or self.scale_sunk())
+        if self.crowded is None and self.rank == 0:
+            self.crowded = crowded(self.device)
+            if self.crowded:
+                progress.write(self.crowded, file=sys.stderr)
+
+    def scale_sunk(self):
+        """Whether fp16's gradients have overflowed at every scale there is: not a step is taken any more."""
+        return self.scaler.get_scale() < 1
 
     # ---- what is kept ----
 
     def evaluate(self):
         """Write a line of metrics.jsonl."""
         model, args = self.model, self.args
-        batches = lambda: starmap(self.data.to_model, self.data.validation_batches(args.batch_size, args.eval_batches))
+        split = args.batch_size, args.eval_batches, self.rank, self.world
+        batches = lambda: starmap(self.data.to_model, self.data.validation_batches(*split))
         taps = ("layer_input", "ffn_output", "layer_output", *model.kurtosis_taps)
         with watch(model, taps, growth) as outliers:
             scores = floating = evaluate(model, batches(), self.device)
+        if self.world > 1:
+            add_up(outliers)
         if args.fake_quant:
             with fake_quantization_off(model):
                 floating = evaluate(model, batches(), self.device)
@@ -135,35 +155,37 @@ class Run:
                       metric: scores[metric], f"float_{metric}": floating[metric],
                       "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
                       "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **outliers.mean}
-            with open(self.folder / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(record) + "\n")
+            append_line(self.folder / "metrics.jsonl", json.dumps(record))
         self.train_loss.zero_()
 
     def save(self):
         """Write the checkpoint, unless the last step went wrong: the one before it is the better one."""
-        if self.rank > 0 or self.bad_steps > 0:
+        if self.rank > 0 or self.bad_steps > 0 or self.scale_sunk():
             return
         model, args = self.model, self.args
         checkpoint = dict(format="minq 1", family=model.family, config=asdict(model.config), args=vars(args),
                           data_sha256=self.data.sha256, step=self.step, model=model.state_dict(),
                           optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
                           train_loss=self.train_loss, seconds=self.seconds)
-        write_atomically(self.folder / "checkpoint.pt", lambda path: torch.save(checkpoint, path))
+        save_checkpoint(self.folder, checkpoint)
 
     def report(self):
-        """The last words: what came out, or how to go on. Raises UserError if the loss was lost."""
+        """The last words: what came out, or how to go on. Raises UserError if the numbers were lost."""
         script, path = f"train_{self.model.family}.py", self.folder / "checkpoint.pt"
+        kept = f"{path} is still that of the last good step saved" if path.exists() else "nothing was saved yet"
         if self.bad_steps > 0:
-            kept = f"{path} is still that of the last good step saved" if path.exists() else "nothing was saved yet"
             raise UserError(f"{self.folder}: stopped at step {self.step}, the loss of the last {int(self.bad_steps)} "
                             f"steps is not finite; {kept}; try a lower --lr, or --precision fp32")
-        if self.rank > 0:
-            return
+        if self.scale_sunk():
+            raise UserError(f"{self.folder}: stopped at step {self.step}, fp16's gradients overflow at every loss scale "
+                            f"(it is {self.scaler.get_scale():g}); {kept}; try a lower --lr, or --precision bf16 or fp32")
         if self.step < self.args.steps:
-            print(f"interrupted at step {self.step}, saved. Go on with: python {script} --resume --out {self.folder}")
-            raise SystemExit(130)
-        print(f"{self.folder}: step {self.step}, {summary(self.folder)}")
-        print(f"next: python quantize.py {self.folder}")
+            if self.rank == 0:
+                print(f"interrupted at step {self.step}, saved. Go on with: python {script} --resume --out {self.folder}")
+            raise SystemExit(128 + self.signal)  # 130 for Ctrl-C, 143 for SIGTERM
+        if self.rank == 0:
+            print(f"{self.folder}: step {self.step}, {summary(self.folder)}")
+            print(f"next: python quantize.py {self.folder}")
 
 
 def require_family(model):
@@ -176,19 +198,28 @@ def require_family(model):
 
 
 class Interrupt:
-    """Turns Ctrl-C and SIGTERM into a flag, so that a step ends and the run is saved first."""
+    """Notes Ctrl-C and SIGTERM as the number of the signal, so that a step ends and the run is saved first."""
 
     def __enter__(self):
-        self.raised = False
+        self.signal = 0
         self.previous = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def catch(self, *_):
-        self.raised = True
+    def catch(self, number, frame):
+        self.signal = number
 
     def __exit__(self, *exception):
         for s, handler in self.previous.items():
             signal.signal(s, handler)
+
+
+def add_up(outliers):
+    """Sum over all processes what each has measured on its own batches."""
+    for tap, places in outliers.sums.items():
+        outliers.counts[tap] = added_up(*outliers.counts[tap])
+        for sums in places:
+            for value in sums.values():
+                dist.all_reduce(value)
 
 
 def summary(folder):

@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import math
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 
 from minq.errors import UserError
 
+SILENCE = 60  # seconds without a word from another process, before it counts as dead
+CROWD = 1.25  # threads that want to run, for each core of the machine
 
 # ---- schedules: a multiplier of the peak learning rate ----
 
@@ -83,20 +86,51 @@ def autocast(device, precision):
 
 # ---- randomness ----
 
+def step_seed(seed, step):
+    """A seed for what is random in a training step, the same in all processes."""
+    return (seed * 1_000_003 + step) * 1_009
+
+
 def seed_step(seed, step, rank=0):
-    """Make what is random in a training step (dropout) a function of (seed, step, rank) alone."""
-    torch.manual_seed((seed * 1_000_003 + step) * 1_009 + rank)
+    """Make what is random in a training step of one process (dropout) a function of (seed, step, rank) alone."""
+    torch.manual_seed(step_seed(seed, step) + rank)
 
 
 # ---- processes ----
 
 def start_processes():
-    """(rank, world size): (0, 1) alone, or this process's place under torchrun."""
+    """(rank, world size): (0, 1) alone, or this process's place under torchrun.
+
+    On GPUs, too, gloo carries the few numbers that are on the CPU: it tells at once when a process has died.
+    """
     if "RANK" not in os.environ:
         return 0, 1
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=SILENCE))
     atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()
+
+
+def added_up(*numbers):
+    """The sums over all processes of numbers that each has its own of."""
+    if not dist.is_initialized():
+        return numbers
+    sums = torch.tensor(numbers, dtype=torch.float64)
+    dist.all_reduce(sums)
+    return sums.tolist()
+
+
+def crowded(device):
+    """What to say when more threads want to run than there are cores, else None. (Windows does not tell.)
+
+    Threads of a run wait for each other in every product: two trainings with two threads each, on two
+    cores, are ten times slower than with one thread each.
+    """
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # of the last minute
+    if device.type == "cpu" and threads > 1 and load > CROWD * cores:
+        return (f"note: {load:.0f} threads want the {cores} cores of this machine, {threads} of them this run's, which wait "
+                "for each other; if other trainings run, give each fewer threads: OMP_NUM_THREADS=1 python ...")
 
 
 def to_device(batch, device):
@@ -125,6 +159,7 @@ def evaluate(model, batches, device):
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         correct += (logits.argmax(dim=-1) == targets).sum().item()
         count += targets.numel()
+    loss, correct, count = added_up(loss, correct, count)  # each process has batches of its own
     model.train(was_training)
     return {"loss": loss / count, "perplexity": exp(loss / count), "accuracy": 100 * correct / count}
 

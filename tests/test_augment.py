@@ -166,7 +166,7 @@ def test_rand_augment_draws(monkeypatch):
     drawn = []
     monkeypatch.setattr(A, "apply_ops", lambda images, op, signed: drawn.append((op, signed)) or images)
     n = 40_000
-    A.rand_augment(torch.zeros(n, 1), 3, 9.0, seeded())
+    A.rand_augment(torch.zeros(n, 1), 3, 9.0, A.Draws(0))
     assert len(drawn) == 3 and not torch.equal(drawn[0][0], drawn[1][0])
     op, signed = drawn[0]
     share = torch.bincount(op + 1, minlength=16) / n
@@ -215,7 +215,7 @@ def test_crop_equals_interpolate_and_pillow(mode):
 def test_interpolation_is_drawn_per_image():
     """With the box given, an image is resized in one of two ways, each half of the time."""
     same = pictures(1).expand(200, 3, 32, 32)
-    y = A.random_resized_crop(same, 48, (1.0, 1.0), (1.0, 1.0), seeded())
+    y = A.random_resized_crop(same, 48, (1.0, 1.0), (1.0, 1.0), A.Draws(0))
     whole = (torch.zeros(1), torch.zeros(1), torch.full((1,), 32.0), torch.full((1,), 32.0))
     linear, cubic = (A.crop_and_resize(same[:1], whole, 48, torch.tensor([kind])) for kind in (False, True))
     is_cubic = (y == cubic).flatten(1).all(dim=1)
@@ -224,12 +224,12 @@ def test_interpolation_is_drawn_per_image():
 
 def test_whole_crop_is_the_identity():
     x = pictures(16)
-    assert torch.equal(A.random_resized_crop(x, 32, (1.0, 1.0), (1.0, 1.0), seeded()), x)
+    assert torch.equal(A.random_resized_crop(x, 32, (1.0, 1.0), (1.0, 1.0), A.Draws(0)), x)
 
 
 def test_batched_crop_equals_one_image_at_a_time():
     x = pictures(16)
-    boxes = torch.stack(A.draw_boxes(16, 32, 32, (0.08, 1.0), (3 / 4, 4 / 3), seeded()))
+    boxes = torch.stack(A.draw_boxes(16, 32, 32, (0.08, 1.0), (3 / 4, 4 / 3), A.Draws(0)))
     bicubic = torch.arange(16) % 2 == 0
     alone = [A.crop_and_resize(x[i:i + 1], boxes[:, i:i + 1], 32, bicubic[i:i + 1]) for i in range(16)]
     torch.testing.assert_close(A.crop_and_resize(x, boxes, 32, bicubic), torch.cat(alone), atol=1e-6, rtol=0)
@@ -254,7 +254,7 @@ def one_box(height, width, scale, ratio, rng):
 @pytest.mark.parametrize("height, width", [(32, 32), (20, 102), (102, 20), (57, 40)])
 def test_boxes_are_drawn_as_in_torchvision(height, width):
     n, rng, scale, ratio = 20_000, random.Random(0), (0.08, 1.0), (3 / 4, 4 / 3)
-    ours = torch.stack(A.draw_boxes(n, height, width, scale, ratio, seeded())).double()
+    ours = torch.stack(A.draw_boxes(n, height, width, scale, ratio, A.Draws(0))).double()
     theirs = torch.tensor([one_box(height, width, scale, ratio, rng) for _ in range(n)]).T.double()
     assert torch.equal(ours, ours.round()) and (ours[:2] >= 0).all()
     assert (ours[0] + ours[2] <= height).all() and (ours[1] + ours[3] <= width).all()
@@ -269,7 +269,7 @@ def test_boxes_are_drawn_as_in_torchvision(height, width):
 
 def test_flip():
     x = pictures(400)
-    y = A.random_flip(x, 0.25, seeded())
+    y = A.random_flip(x, 0.25, A.Draws(0))
     flipped = (y == x.flip(-1)).flatten(1).all(dim=1)
     assert torch.equal(y[~flipped], x[~flipped]) and 60 < flipped.sum() < 140
 
@@ -288,7 +288,7 @@ def test_centre_crop():
 def test_jitter_factors_are_uniform_per_image():
     """A grey image knows brightness alone: its level times a factor between 0.6 and 1.4."""
     x = torch.full((4000, 3, 2, 2), 0.5)
-    factor = A.colour_jitter(x, 0.4, seeded())[:, 0, 0, 0] / 0.5
+    factor = A.colour_jitter(x, 0.4, A.Draws(0))[:, 0, 0, 0] / 0.5
     assert np.allclose(np.quantile(factor, [0, 0.25, 0.5, 0.75, 1]), [0.6, 0.8, 1, 1.2, 1.4], atol=0.02)
 
 
@@ -298,7 +298,7 @@ def test_jitter_applies_all_three_in_random_order(monkeypatch):
         order = []
         for name in ("brightness", "contrast", "saturation"):
             monkeypatch.setattr(A, name, lambda x, factor, name=name: order.append((name, factor)) or x)
-        A.colour_jitter(torch.zeros(2, 3, 4, 4), 0.4, seeded(seed))
+        A.colour_jitter(torch.zeros(2, 3, 4, 4), 0.4, A.Draws(seed))
         assert len({factor[0].item() for _, factor in order}) == 3
         orders.add(tuple(name for name, _ in order))
     assert len(orders) == 6
@@ -308,18 +308,18 @@ def test_jitter_applies_all_three_in_random_order(monkeypatch):
 
 @pytest.mark.parametrize("alpha", [0.8, 1.0])
 def test_beta(alpha):
-    draws = [A.beta(alpha, generator) for generator in [seeded()] for _ in range(5000)]
+    draws = [source.beta(alpha) for source in [A.Draws(0)] for _ in range(5000)]
     expected = np.random.default_rng(0).beta(alpha, alpha, 5000)
     q = np.linspace(0.05, 0.95, 7)
     assert np.allclose(np.quantile(draws, q), np.quantile(expected, q), atol=0.03)
 
 
-def test_mixup_is_a_weighted_sum_with_the_reversed_batch():
-    x = pictures(6)
-    y, lam = A.mix(x, 0.8, 0, seeded(3))
+def test_mixup_is_a_weighted_sum_with_the_neighbour():
+    x = pictures(7)
+    y, lam = A.mix(x, 0.8, 0, A.Draws(3))
     assert 0 < lam < 1
-    for i in range(6):
-        torch.testing.assert_close(y[i], lam * x[i] + (1 - lam) * x[5 - i])
+    for i, partner in enumerate((1, 0, 3, 2, 5, 4, 6)):
+        torch.testing.assert_close(y[i], lam * x[i] + (1 - lam) * x[partner])
 
 
 def test_cutmix_lambda_is_the_share_that_is_left():
@@ -328,7 +328,7 @@ def test_cutmix_lambda_is_the_share_that_is_left():
     cut_short = 0
     for seed in range(200):
         wanted = seed / 200
-        y, lam = A.cutmix(torch.cat((own, partner)), wanted, seeded(seed))
+        y, lam = A.cutmix(torch.cat((own, partner)), wanted, A.Draws(seed))
         assert y[0].mean().item() == pytest.approx(1 - lam) and torch.equal(y[1], 1 - y[0])
         rows, columns = y[0, 0].amax(dim=1).sum().item(), y[0, 0].amax(dim=0).sum().item()
         assert rows * columns == y[0, 0].sum().item()  # one rectangle
@@ -340,31 +340,31 @@ def test_cutmix_lambda_is_the_share_that_is_left():
 
 def test_cutmix_boxes_are_centred_anywhere():
     x = torch.cat((torch.zeros(1, 1, 8, 16), torch.ones(1, 1, 8, 16)))
-    hits = sum(A.cutmix(x, 0.9, seeded(seed))[0][0, 0] for seed in range(2000)) / 2000
+    hits = sum(A.cutmix(x, 0.9, A.Draws(seed))[0][0, 0] for seed in range(2000)) / 2000
     middle = hits[1:-1, 2:-2]  # a 2 x 4 box covers an inner pixel with probability 2 * 4 / (8 * 16)
     assert (middle - 1 / 16).abs().max() < 0.025
 
 
 def test_mix_tosses_a_coin(monkeypatch):
     alphas = []
-    monkeypatch.setattr(A, "beta", lambda alpha, generator: alphas.append(alpha) or 0.5)
+    monkeypatch.setattr(A.Draws, "beta", lambda self, alpha: alphas.append(alpha) or 0.5)
     x = pictures(2)
 
     def was_cut(*settings):
         y, _ = A.mix(x, *settings)
         return bool(((y == x) | (y == x.flip(0))).all())
 
-    cuts = [was_cut(0.8, 1.0, seeded(seed)) for seed in range(200)]
+    cuts = [was_cut(0.8, 1.0, A.Draws(seed)) for seed in range(200)]
     assert 70 < sum(cuts) < 130
     assert alphas == [1.0 if cut else 0.8 for cut in cuts]
-    assert all(was_cut(0, 1.0, seeded(seed)) and not was_cut(0.8, 0, seeded(seed)) for seed in range(20))
+    assert all(was_cut(0, 1.0, A.Draws(seed)) and not was_cut(0.8, 0, A.Draws(seed)) for seed in range(20))
 
 
 def test_soft_targets_equal_cross_entropys_label_smoothing():
     labels, logits = torch.tensor([3, 0, 9, 1]), torch.randn(4, 10, generator=seeded())
     smoothed = F.cross_entropy(logits, labels, label_smoothing=0.1)
     torch.testing.assert_close(F.cross_entropy(logits, A.soft_targets(labels, 10, 0.1)), smoothed)
-    mixed = 0.3 * smoothed + 0.7 * F.cross_entropy(logits, labels.flip(0), label_smoothing=0.1)
+    mixed = 0.3 * smoothed + 0.7 * F.cross_entropy(logits, labels[[1, 0, 3, 2]], label_smoothing=0.1)
     torch.testing.assert_close(F.cross_entropy(logits, A.soft_targets(labels, 10, 0.1, lam=0.3)), mixed)
     assert torch.equal(A.soft_targets(labels, 10), F.one_hot(labels, 10).float())
 
@@ -373,10 +373,10 @@ def test_soft_targets_equal_cross_entropys_label_smoothing():
 
 def run(seed=0, x=None, **settings):
     x = pictures(8) if x is None else x
-    return A.augment(x, torch.arange(len(x)) % 10, 10, seeded(seed), **{"size": 32, **settings})
+    return A.augment(x, torch.arange(len(x)) % 10, 10, A.Draws(seed), **{"size": 32, **settings})
 
 
-def test_a_batch_is_a_function_of_the_generators_seed():
+def test_a_batch_is_a_function_of_the_seed():
     state, x = torch.get_rng_state(), pictures(8)
     images, targets = run(1)
     assert torch.equal(torch.get_rng_state(), state)  # nothing else is random

@@ -1,13 +1,11 @@
 """The scripts, run for real for a few steps, as a person would run them."""
 import json
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from running import ROOT, SMALL, SMALL_VIT, assert_same_weights, logged, run, saved, start, stopped_at, train
+from running import ROOT, SMALL, SMALL_VIT, logged, run, saved, start, train
 
 
 ATTENTIONS = {"vanilla": [], "clipped": ["--gamma", "-0.03"], "gated": ["--gate", "mlp", "--gate-hidden", "3"]}
@@ -39,34 +37,6 @@ def test_sweep_and_best(corpus, tmp_path):
     assert all(f"W{bits}A{bits}" in out for bits in (8, 7, 6, 5, 4)) and "±" not in out
     out, _ = run("quantize.py", tmp_path / "run", "--best", "--seeds", 1, "--batches", 1, "--w-bits", 4, "--a-bits", 6)
     assert out.count("run W4A6") == 8 and out.count("<- best") == 1 and out.count("| W4A6 |") == 1
-
-
-def test_killed_and_resumed_equals_uninterrupted(corpus, tmp_path):
-    options = ["--dropout", "0.1", "--steps", "120", "--save-every", "5", "--eval-every", "7", "--accumulate", "2"]
-    command = ["train_bert.py", *SMALL, "--data", corpus, *options]
-    process = start(*command, "--out", str(tmp_path / "killed"), cwd=ROOT)
-    while not (tmp_path / "killed" / "checkpoint.pt").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert saved(tmp_path / "killed")["step"] < 120
-
-    run("train_bert.py", "--resume", "--out", tmp_path / "killed")
-    run(*command, "--out", tmp_path / "whole")
-    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
-    assert (tmp_path / "killed" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
-
-
-def test_ctrl_c_saves_and_says_how_to_go_on(corpus, tmp_path):
-    process = start("train_bert.py", *SMALL, "--data", corpus, "--steps", "100000", "--save-every", "2",
-                    "--out", str(tmp_path / "run"), cwd=ROOT)
-    while not (tmp_path / "run" / "checkpoint.pt").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in err
-    step = saved(tmp_path / "run")["step"]
-    assert f"interrupted at step {step}, saved. Go on with: python train_bert.py --resume --out {tmp_path / 'run'}" in out
 
 
 def test_accumulation_and_two_processes_equal_one_batch(corpus, tmp_path):
@@ -201,17 +171,6 @@ def test_vit_trains_with_its_whole_recipe(cifar, tmp_path, options):
     assert "accuracy" in out
     step = saved(tmp_path / "run")["step"]
     assert step == (2 * (40 // 16) if "--epochs" in options else 6)
-
-
-def test_vit_killed_and_resumed_equals_uninterrupted(cifar, tmp_path, monkeypatch):
-    """Augmentation, too, is a function of (seed, step)."""
-    command = ["train_vit.py", *SMALL_VIT, "--data", cifar, "--rand-augment", "2", "--mixup", "0.8", "--cutmix", "1", "--dropout", "0.1"]
-    run(*command, "--out", tmp_path / "whole")
-    with stopped_at(4, monkeypatch):
-        run(*command, "--out", tmp_path / "stopped", "--save-every", "4")
-    assert saved(tmp_path / "stopped")["step"] == 4
-    run("train_vit.py", "--resume", "--out", tmp_path / "stopped")
-    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
 @pytest.mark.parametrize("family", ["bert", "opt", "vit"])

@@ -1,0 +1,32 @@
+"""Nothing is lost: not by a kill, not by a polite signal."""
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from running import ROOT, SMALL, logged, saved, start
+
+
+def test_runs_that_were_killed_end_as_if_they_had_not_been():
+    """A sample of `python -m tests.kill --times 100`."""
+    found = subprocess.run([sys.executable, "-m", "tests.kill", "--times", "5"], cwd=ROOT, capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout + found.stderr
+    kills, *_, runs, identical = map(int, re.search(r"^all +(.*)$", found.stdout, re.M)[1].split())
+    assert kills >= 5 and runs == identical >= 1
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_at_the_next_step(corpus, tmp_path, number, code):
+    process = start("train_bert.py", *SMALL, "--data", corpus, "--steps", "1000000", "--save-every", "1000000",
+                    "--out", str(tmp_path / "run"), cwd=ROOT)
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or len(logged(tmp_path / "run")) < 2:
+        time.sleep(0.05)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code and "Traceback" not in err
+    step = saved(tmp_path / "run")["step"]
+    assert f"interrupted at step {step}, saved. Go on with: python train_bert.py --resume --out {tmp_path / 'run'}" in out
+    assert 0 <= step - logged(tmp_path / "run")[-1]["step"] < 3  # it is evaluated every third step
