@@ -24,7 +24,8 @@ def inf_norm(x):
 def kurtosis(x):
     """mean((x - mu)^4) / std^4 over each sample's (T, d): (B, T, d) -> (B,).
 
-    Not excess (a Gaussian has 3), population standard deviation, no epsilon: a constant sample gives NaN.
+    Not excess (a Gaussian has 3), population standard deviation, no epsilon: a constant sample gives
+    NaN, or 1 where its mean is rounded.
     """
     x = x.float().flatten(1)
     squares = (x - x.mean(dim=1, keepdim=True)).square_()
