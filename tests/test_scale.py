@@ -1,5 +1,6 @@
 """Two processes compute what one does: the same losses, the same evaluation, the same images."""
 import json
+import signal
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ import torch
 from minq import augment as A
 from minq.data import CausalText, load_text
 from minq.images import Images, load_images
-from running import ROOT, SMALL, SMALL_VIT, logged, run
+from running import ROOT, SMALL, SMALL_VIT, logged, run, saved
 
 RECIPE = "--rand-augment 2 --jitter 0.4 --mixup 0.8 --cutmix 1 --crop-scale 0.3".split()
 COMMANDS = {  # name -> (script, flags)
@@ -79,11 +80,15 @@ def test_two_compiled_processes_give_the_losses_of_one(corpus, tmp_path):
     assert_same_log(tmp_path / "one", tmp_path / "two")
 
 
-def test_a_process_that_dies_ends_the_job(corpus, tmp_path):
-    command = [*SMALL, "--data", corpus, "--steps", "1000000", "--save-every", "3", "--out", tmp_path / "run"]
-    (found,) = start_two([("train_bert.py", command, "kill")])()
-    survivor, killed = found["codes"]
-    assert killed == -9 and survivor not in (0, None) and found["seconds"] < 60
+def test_a_process_that_dies_ends_the_job_and_one_that_is_told_to_stop_stops_it(corpus, tmp_path):
+    command = ["train_bert.py", [*SMALL, "--data", corpus, "--steps", "1000000", "--save-every", "1000000", "--out"]]
+    dies, stops = start_two([(command[0], [*command[1], tmp_path / name], number) for name, number in
+                             (("dies", signal.SIGKILL), ("stops", signal.SIGTERM))])()
+    survivor, killed = dies["codes"]
+    assert killed == -signal.SIGKILL and survivor not in (0, None) and dies["seconds"] < 60
+    assert stops["codes"] == [143, 143], stops["output"]  # both at the same step, or the other would wait in vain
+    step = saved(tmp_path / "stops")["step"]
+    assert stops["output"].count(f"interrupted at step {step}, saved") == 1 and "Traceback" not in stops["output"]
 
 
 # ---- the parts ----
