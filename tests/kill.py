@@ -124,16 +124,20 @@ class Kind:
         """Start a run, kill it up to `kills` times, let it end, compare it. Returns how often it was killed."""
         killed = 0
         while killed < kills:
+            before = stamp(self.folder / name)
             training = self.go_on(name)
-            time.sleep(self.dice.uniform(0, self.seconds))
+            early = self.dice.random() < 0.15  # it may die before it has saved anything
+            while not early and training.running() and stamp(self.folder / name) == before:
+                time.sleep(0.001)
+            time.sleep(self.dice.uniform(0, self.seconds / 2))
             if not training.running():
                 self.check_ended(training.wait(PATIENCE))
                 break
             victims = self.dice.sample(training.pids, self.dice.randint(1, self.processes))
             training.kill(victims)
-            before = time.monotonic()
+            struck = time.monotonic()
             codes = training.wait(PATIENCE)
-            self.slowest = max(self.slowest, time.monotonic() - before)
+            self.slowest = max(self.slowest, time.monotonic() - struck)
             assert None not in codes, f"{name}: a process went on for {PATIENCE} seconds after its partner was killed"
             killed += 1
             self.look(name)
@@ -164,6 +168,15 @@ class Kind:
         lost = ["metrics.jsonl"] * ((a / "metrics.jsonl").read_bytes() != (b / "metrics.jsonl").read_bytes())
         a, b = saved(a), saved(b)
         return lost + [key for key in a | b if key not in ("args", "seconds") and not same(a.get(key), b.get(key))]
+
+
+def stamp(folder):
+    """Which checkpoint is there, if any."""
+    path = folder / "checkpoint.pt"
+    try:
+        return path.stat().st_ino, path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def saved(folder):

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from running import ROOT, SMALL, logged, saved, start
+from running import ROOT, SMALL, SMALL_VIT, assert_same_weights, logged, run, saved, start, stopped_at
 
 
 def test_runs_that_were_killed_end_as_if_they_had_not_been():
@@ -16,6 +16,21 @@ def test_runs_that_were_killed_end_as_if_they_had_not_been():
     assert found.returncode == 0, found.stdout + found.stderr
     kills, *_, runs, identical = map(int, re.search(r"^all +(.*)$", found.stdout, re.M)[1].split())
     assert kills >= 5 and runs == identical >= 1
+
+
+@pytest.mark.parametrize("script, options", [
+    ("train_bert.py", "--accumulate 2 --precision fp16"), ("train_opt.py", "--fake-quant"),
+    ("train_vit.py", "--rand-augment 2 --mixup 0.8 --cutmix 1")])
+def test_what_was_logged_after_the_last_checkpoint_is_logged_again(corpus, cifar, tmp_path, monkeypatch, script, options):
+    small = [*SMALL_VIT, "--data", cifar] if script == "train_vit.py" else [*SMALL, "--data", corpus]
+    command = [script, *small, *options.split(), "--dropout", "0.1", "--eval-every", "2", "--save-every", "3", "--out"]
+    run(*command, tmp_path / "whole")
+    with stopped_at(3, monkeypatch):
+        run(*command, tmp_path / "stopped")
+    assert saved(tmp_path / "stopped")["step"] == 3 and len(logged(tmp_path / "stopped")) == 3
+    run(script, "--resume", "--out", tmp_path / "stopped")
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+    assert (tmp_path / "stopped" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
