@@ -68,7 +68,7 @@ class Run:
         self.train_loss = self.train_loss.to(self.device)  # summed since the last evaluation
         self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)  # in a row, with a loss not finite
         self.resumed, self.files = checkpoint is not None, stamps(data.files)
-        self.signal, self.hopeless, self.crowded = 0, False, None
+        self.signal, self.crowded = 0, None
 
     # ---- the loop ----
 
@@ -79,7 +79,7 @@ class Run:
             if self.rank == 0:
                 forget_after(self.folder, self.step) if self.resumed else claim(self.folder, args.overwrite)
             with tqdm(total=args.steps, initial=self.step, unit="step", disable=self.rank > 0) as progress:
-                while self.step < args.steps and not self.signal and not self.hopeless:
+                while self.step < args.steps and not self.signal:
                     seed_step(args.seed, self.step, self.rank)
                     self.step_loss = torch.zeros((), device=self.device)
                     yield self.step
@@ -89,6 +89,8 @@ class Run:
                     progress.update()
                     if self.step % LOOK_EVERY == 0:
                         self.look(progress)
+                        if self.bad_steps >= PATIENCE or self.scale_sunk():
+                            break
                     last = self.step == args.steps
                     if self.step % args.eval_every == 0 or last:
                         self.evaluate()
@@ -120,10 +122,9 @@ class Run:
         self.bad_steps = (self.bad_steps + 1) * ~self.step_loss.isfinite()
 
     def look(self, progress):
-        """Show the loss; see whether the run has lost its numbers, or its share of the machine."""
+        """Show the loss, and say once if the machine is crowded."""
         rate = (progress.format_dict["rate"] or 0.0) * self.items
         progress.set_postfix_str(f"loss {self.step_loss.item():.3f}, {rate:,.0f} {self.data.unit}/s", refresh=False)
-        self.hopeless = bool(self.bad_steps >= PATIENCE or self.scale_sunk())
         if self.crowded is None and self.rank == 0:
             self.crowded = crowded(self.device)
             if self.crowded:

@@ -126,7 +126,7 @@ def crowded(device):
     Threads of a run wait for each other in every product: two trainings with two threads each, on two
     cores, are ten times slower than with one thread each.
     """
-    threads, cores = torch.get_num_threads(), os.cpu_count()
+    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # of the last minute
     if device.type == "cpu" and threads > 1 and load > CROWD * cores:
         return (f"note: {load:.0f} threads want the {cores} cores of this machine, {threads} of them this run's, which wait "

@@ -1,5 +1,6 @@
 """Schedules, parameter groups, precision, evaluation."""
 import math
+import os
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from torch.nn.utils import parametrize
 from minq.errors import UserError
 from minq.model import Bert, BertConfig
 from minq.quant import quantize_model
-from minq.training import (autocast, cosine_schedule, evaluate, exp, linear_schedule, parameter_groups, pick_device,
+from minq.training import (autocast, cosine_schedule, crowded, evaluate, exp, linear_schedule, parameter_groups, pick_device,
                            seed_step)
+from running import train
 
 
 def test_linear_schedule_rises_from_0_to_1_and_falls_to_0():
@@ -106,3 +108,22 @@ def test_any_norms_gain_is_treated_as_layernorms(decay_layernorm, monkeypatch):
     quantized = quantize_model(model)
     norms = [m for m in quantized.modules() if isinstance(m, RMSNorm)]
     assert [parametrize.is_parametrized(m, "weight") for m in norms] == [True] * 5 + [False]  # the last is the head's
+
+
+@pytest.mark.parametrize("threads, load, device, noted", [
+    (2, 4.0, "cpu", True),   # two trainings of two threads each, on two cores
+    (2, 2.1, "cpu", False),  # one, and a little beside it
+    (1, 9.0, "cpu", False),  # its one thread waits for nobody
+    (2, 9.0, "meta", False)])
+def test_a_crowded_machine_is_noted(monkeypatch, threads, load, device, noted):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    note = crowded(torch.device(device))
+    assert bool(note) == noted and (not noted or "OMP_NUM_THREADS=1" in note)
+
+
+def test_a_run_notes_it_once(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr("minq.runs.crowded", lambda device: "note: crowded")
+    _, err = train(corpus, tmp_path / "run", "--steps", "60", "--eval-every", "60")
+    assert err.count("note: crowded") == 1
