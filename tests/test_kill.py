@@ -10,6 +10,7 @@ import pytest
 from running import ROOT, SMALL, SMALL_VIT, assert_same_weights, logged, run, saved, start, stopped_at
 
 
+@pytest.mark.slow
 def test_runs_that_were_killed_end_as_if_they_had_not_been():
     """A sample of `python -m tests.kill --times 100`."""
     found = subprocess.run([sys.executable, "-m", "tests.kill", "--times", "5"], cwd=ROOT, capture_output=True, text=True)

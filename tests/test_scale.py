@@ -59,6 +59,7 @@ def small(script, corpus, cifar):
     return [*sizes, "--dropout", "0", "--eval-batches", "3"]
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_losses_of_one(corpus, cifar, tmp_path):
     wait = start_two([(script, [*small(script, corpus, cifar), *flags, "--out", tmp_path / f"two {name}"])
                       for name, (script, flags) in COMMANDS.items()])
@@ -80,6 +81,7 @@ def test_two_compiled_processes_give_the_losses_of_one(corpus, tmp_path):
     assert_same_log(tmp_path / "one", tmp_path / "two")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_and_one_that_is_told_to_stop_stops_it(corpus, tmp_path):
     command = ["train_bert.py", [*SMALL, "--data", corpus, "--steps", "1000000", "--save-every", "1000000", "--out"]]
     dies, stops = start_two([(command[0], [*command[1], tmp_path / name], number) for name, number in
