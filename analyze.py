@@ -7,7 +7,6 @@
     python analyze.py runs/bert-vanilla-s0 --damage                          which tensor eight bits ruin
 """
 import copy
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 
 from minq import flags
 from minq.analysis import array, on_patches, outlier_patches, record, survey, token_names, worst_dimension
+from minq.checkpoints import read_log
 from minq.damage import by_layer
 from minq.errors import UserError, one_line_errors
 from minq.growth import growth
@@ -36,7 +36,7 @@ EXAMPLES = 2  # validation samples on which a head is shown
 def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder")
+    parser.add_argument("runs", nargs="+", action=flags.Distinct, metavar="RUN", help="a run's folder")
     parser.add_argument("--layer", type=flags.positive, help="layer to look at, from 1; by default after the outliers")
     parser.add_argument("--head", type=flags.positive, help="head to look at, from 1; by default the worst dimension's")
     parser.add_argument("--gates", action="store_true", help="also show that layer's gates, token by token")
@@ -44,9 +44,9 @@ def main(argv=None):
     parser.add_argument("--compare", action="store_true", help="one activation of two RUNs, and the 8-bit grid over it")
     parser.add_argument("--damage", action="store_true", help="quantize one tensor at a time: what it does to the last hidden states")
     parser.add_argument("--batches", type=flags.positive, help=f"validation batches, of the run's own size; by default {BATCHES}, with --damage {DAMAGE_BATCHES}")
-    parser.add_argument("--data", help="where the runs' data is now")
+    parser.add_argument("--data", type=flags.place, help="where the runs' data is now")
     parser.add_argument("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
-    parser.add_argument("--out", help="folder for the pictures; by default figures/ in the (first) run")
+    parser.add_argument("--out", type=flags.place, help="folder for the pictures; by default figures/ in the (first) run")
     parser.add_argument("--html", action="store_true", help="also write pictures and numbers as a page, analysis.html")
     args = parser.parse_args(argv)
     mode = check_mode(args)
@@ -69,8 +69,6 @@ def check_mode(args):
         raise UserError(f"--compare needs two runs, got {len(args.runs)}: {' '.join(args.runs)}")
     if mode in (analyze, damage) and len(args.runs) > 1:
         raise UserError(f"got {len(args.runs)} runs: give one, or several with --curves, or two with --compare")
-    if len(set(args.runs)) < len(args.runs):
-        raise UserError(f"the same run twice: {' '.join(args.runs)}")
     unread = {curves: ("layer", "head", "gates", "batches", "data", "device"), compare: ("head", "gates"),
               damage: ("layer", "head", "gates"), analyze: ()}
     for flag in unread[mode]:
@@ -192,18 +190,10 @@ def curves(args, report):
     runs = {}
     for name in args.runs:
         try:
-            lines = [json.loads(line) for line in Path(name, "metrics.jsonl").read_text().splitlines()]
-        except (OSError, json.JSONDecodeError):
-            raise UserError(f"{name}: no run here; expected a folder with metrics.jsonl") from None
-        if not lines:
-            raise UserError(f"{name}: nothing is logged yet")
-        steps, metric = [line["step"] for line in lines], "accuracy" if "accuracy" in lines[0] else "perplexity"
-        runs[name] = {"training loss": [line["loss"] for line in lines], metric: [line[metric] for line in lines]}
-        runs[name]["max inf norm, layer_input"] = [max(line["layer_input"]["inf_norm"]) for line in lines]
-        for tap in ("ffn_output", "layer_output"):
-            runs[name][f"max inf norm, {tap}"] = [max(line[tap]["inf_norm"]) for line in lines]
-            runs[name][f"avg kurtosis (not excess), {tap}"] = [np.mean(line[tap]["kurtosis"]) for line in lines]
-        runs[name] = {quantity: (steps, values) for quantity, values in runs[name].items()}
+            runs[name] = curves_of(read_log(name))
+        except (KeyError, TypeError, IndexError, ValueError) as error:
+            reason = error if isinstance(error, UserError) else f"{name}: metrics.jsonl: no evaluations of a training script ({error})"
+            raise UserError(reason) from None
     quantities = list(runs[args.runs[0]])
     if any(list(run) != quantities for run in runs.values()):
         raise UserError(f"--curves {' '.join(args.runs)}: text and images; expected runs with the same metric")
@@ -212,6 +202,17 @@ def curves(args, report):
         [name, run["training loss"][0][-1], *(f"{values[0]:.4g} -> {values[-1]:.4g}" for _, values in run.values())]
         for name, run in runs.items()])
     report.draw("curves", "Over training (blog, Figures 3, 5 and 6)", lambda f: f.curves(runs, "over training"))
+
+
+def curves_of(lines):
+    """quantity -> (steps, values) of the lines of a metrics.jsonl."""
+    metric = "accuracy" if "accuracy" in lines[0] else "perplexity"
+    found = {"training loss": [line["loss"] for line in lines], metric: [line[metric] for line in lines],
+             "max inf norm, layer_input": [max(line["layer_input"]["inf_norm"]) for line in lines]}
+    for tap in ("ffn_output", "layer_output"):
+        found[f"max inf norm, {tap}"] = [max(line[tap]["inf_norm"]) for line in lines]
+        found[f"avg kurtosis (not excess), {tap}"] = [np.mean(line[tap]["kurtosis"]) for line in lines]
+    return {quantity: ([line["step"] for line in lines], values) for quantity, values in found.items()}
 
 
 @torch.no_grad()

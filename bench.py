@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
+from minq import flags
 from minq.augment import Draws, augment
 from minq.data import CausalText, MaskedText, load_text
+from minq.errors import UserError, one_line_errors
 from minq.fake_quant import fake_quantize_training
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
 from minq.outliers import watch
@@ -34,17 +36,19 @@ LAPTOP_VIT = dict(layers=4, width=128, heads=4, ffn=512, image_size=32, patch_si
 LAPTOP = dict(layers=4, width=128, heads=4, ffn=512, seq_len=64, init_std=0.05, positions="sinusoid")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("groups", nargs="*", help=f"of: {' '.join(GROUPS)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each alternative takes")
-    parser.add_argument("--dropout", type=float, nargs="+", default=[0.0, 0.1], help="of training steps, one after another")
+@one_line_errors
+def main(argv=None):
+    parser = flags.Parser(__doc__)
+    parser.add_argument("groups", nargs="*", action=flags.Distinct, help=f"of: {' '.join(GROUPS)} (default: all)")
+    parser.add_argument("--rounds", type=flags.positive, default=5, help="turns that each alternative takes")
+    parser.add_argument("--dropout", type=flags.number(float, low=0, below=1), nargs="+", default=[0.0, 0.1],
+                        help="of training steps, one after another")
     parser.add_argument("--device", help="by default the best there is")
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of training steps; by default the device's best")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     unknown = set(args.groups) - set(GROUPS)
     if unknown:
-        parser.error(f"groups: {' '.join(unknown)}: expected some of {' '.join(GROUPS)}")
+        parser.error(f"{min(unknown)}: no such group; expected some of {' '.join(GROUPS)}")
     args.device = pick_device(args.device)
     args.precision = pick_precision(args.precision, args.device)
     print(f"{args.device}, {args.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds")
@@ -168,7 +172,10 @@ def vit(args):
 
 
 def transformers():
-    import transformers
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("this group compares with Hugging Face: pip install -e '.[peers]'") from None
     return transformers
 
 
@@ -268,8 +275,11 @@ def peak_memory(kind, args):
 def torchao(model):
     """torchao's QAT fake-quantizers on the same Linears: activations per token, weights per channel. It does less:
     queries, keys, probabilities and values stay in floating point."""
-    from torchao.quantization import quantize_
-    from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    try:
+        from torchao.quantization import quantize_
+        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
+    except ImportError:
+        raise UserError("this group compares with torchao: pip install -e '.[peers]'") from None
     config = QATConfig(activation_config=IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
                        weight_config=IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True), step="prepare")
     quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and name != model.final_linear)

@@ -36,11 +36,11 @@ INSTALL = "pip install -e '.[pretrained]'"
 def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
-    parser.add_argument("name", metavar="NAME", help="a folder, or a model's id on the Hugging Face Hub")
-    parser.add_argument("--out", metavar="RUN", help="the run's folder; by default runs/ and the name's last part")
+    parser.add_argument("name", type=flags.place, metavar="NAME", help="a folder, or a model's id on the Hugging Face Hub")
+    parser.add_argument("--out", type=flags.place, metavar="RUN", help="the run's folder; by default runs/ and the name's last part")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_argument("--text", help="a file or folder of text; by default the Python standard library's source")
-    parser.add_argument("--images", help=f"for a ViT: {', '.join(IMAGES)}, or a folder as in train_vit.py")
+    parser.add_argument("--text", type=flags.place, help="a file or folder of text; by default the Python standard library's source")
+    parser.add_argument("--images", type=flags.place, help=f"for a ViT: {', '.join(IMAGES)}, or a folder as in train_vit.py")
     parser.add_argument("--seq-len", type=flags.positive, help="T, tokens per sequence; by default 128 for BERT, 512 for OPT")
     parser.add_argument("--batch-size", type=flags.positive, default=8, help="sequences per batch of calibration and evaluation")
     parser.add_argument("--eval-batches", type=flags.positive, default=6, help="validation batches")

@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from minq import flags
+from minq.checkpoints import write_atomically
 from minq.damage import by_kind, scores
 from minq.errors import UserError, one_line_errors
 from minq.growth import growth
@@ -31,7 +32,7 @@ def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", help="a run's folder")
+    add("runs", nargs="+", action=flags.Distinct, metavar="RUN", help="a run's folder")
     add("--w-bits", type=flags.bits, default=8, help="bits of weights, 2 to 16")
     add("--a-bits", type=flags.bits, default=8, help="bits of activations, 2 to 16")
     add("--sweep", action="store_true", help="both at 8, 7, 6, 5 and 4 bits")
@@ -42,13 +43,13 @@ def main(argv=None):
     add("--batches", type=flags.positive, default=16, help="calibration batches, from the training split")
     add("--seeds", type=flags.positive, default=3, help="calibrations per run, for mean and deviation")
     add("--eval-batches", type=flags.positive, help="validation batches; by default as in training")
-    add("--data", help="where the runs' data is now")
+    add("--data", type=flags.place, help="where the runs' data is now")
     add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
     add("--sqnr", action="store_true", help="also the last hidden states' signal to noise")
     add("--taps", action="store_true", help="also quantize one kind of tensor at a time")
     add("--remedies", action="store_true", help="also every remedy of minq/remedies.py, at --bits")
-    add("--bits", type=flags.bits, nargs="+", help="widths for --remedies; by default 8 6 4")
-    add("--json", metavar="FILE", help="write the table there, too")
+    add("--bits", type=flags.bits, nargs="+", action=flags.Distinct, help="widths for --remedies; by default 8 6 4")
+    add("--json", type=flags.new_file, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
     if args.bits and not args.remedies:
         raise UserError(f"--bits {' '.join(map(str, args.bits))} needs --remedies; else see --w-bits and --a-bits")
@@ -81,10 +82,8 @@ def main(argv=None):
         for extra in [name for name in EXTRA_TABLES if name in each]:
             print(f"\n{EXTRA_TABLES[extra](each)}")
     if args.json:
-        try:
-            Path(args.json).write_text(json.dumps(rows, indent=1) + "\n")
-        except OSError as error:
-            raise UserError(f"--json {args.json}: cannot be written: {error.strerror}") from None
+        text = json.dumps(rows, indent=1) + "\n"
+        write_atomically(Path(args.json), lambda path: path.write_text(text))
 
 
 def best_of(run, w_bits, a_bits, pairs, args, progress):

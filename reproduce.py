@@ -26,11 +26,12 @@ from tqdm import tqdm
 
 import bench
 from minq import flags
-from minq.checkpoints import load_checkpoint, write_atomically
+from minq.checkpoints import load_checkpoint, read_log, write_atomically
 from minq.errors import UserError, one_line_errors
 from minq.experiments import EXPERIMENTS, RECIPES
 from minq.tables import draw, markdown, mean_and_std, over_seeds, with_tables
 from minq.training import pick_device, pick_precision
+from minq.weights import read_json
 
 ROOT = Path(__file__).parent
 TIMING = "python bench.py attention --dropout 0"  # what an experiment of run times runs
@@ -40,15 +41,15 @@ TIMING = "python bench.py attention --dropout 0"  # what an experiment of run ti
 def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of: {' '.join(EXPERIMENTS)}")
+    parser.add_argument("names", nargs="*", action=flags.Distinct, metavar="NAME", help=f"of: {' '.join(EXPERIMENTS)}")
     parser.add_argument("--preset", choices=RECIPES, default="laptop", help="laptop runs; paper prints the commands for GPUs")
     parser.add_argument("--jobs", type=flags.positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
                         help="runs at a time, a thread each (default: one on a GPU, else as many as there are cores)")
     parser.add_argument("--steps", type=flags.positive, help="shorten every run (table8: its rounds); the results are NAME-N-steps")
     parser.add_argument("--seeds", type=flags.positive, help="training seeds a row; by default as many as the experiment has")
     parser.add_argument("--verify", action="store_true", help="retrain the first row of each and compare with results/")
-    parser.add_argument("--runs", default="runs/reproduce", help="folder of the runs")
-    parser.add_argument("--results", default="results", help="folder of the tables")
+    parser.add_argument("--runs", type=flags.place, default="runs/reproduce", help="folder of the runs")
+    parser.add_argument("--results", type=flags.place, default="results", help="folder of the tables")
     parser.add_argument("--write-docs", action="store_true", help="put the tables of results/ into README.md and docs/*.md")
     args = parser.parse_args(argv)
     for name in args.names:
@@ -183,7 +184,7 @@ def run_rows(jobs, args):
     for row in dict.fromkeys(job.row for job in jobs):
         of_row = [job for job in jobs if job.row == row]
         tables = [json.loads(job.quantized.read_text())[0] for job in of_row]
-        ends = [json.loads((job.folder / "metrics.jsonl").read_text().splitlines()[-1]) for job in of_row]
+        ends = [read_log(job.folder)[-1] for job in of_row]
         metric = tables[0]["metric"]
         rows.append({
             "label": row.label, "family": row.family, "attention": tables[0]["attention"], "metric": metric,
@@ -247,9 +248,13 @@ def verify(name, args):
         raise UserError(f"{name}: times are never the same twice; --verify is for the others")
     if not path.exists():
         raise UserError(f"{path}: no results yet; run: python reproduce.py {name}")
-    table = json.loads(path.read_text())
-    row = table["rows"][0]
-    if "weights_sha256" not in row:
+    table = read_json(path)
+    try:
+        row = table["rows"][0]
+        known = "weights_sha256" in row
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"{path}: holds no rows of results; run: python reproduce.py {name}") from None
+    if not known:
         raise UserError(f"{path}: an older version wrote it, without a hash of the weights; run: python reproduce.py {name}")
     job, expected = Job(name, EXPERIMENTS[name].rows[0], 0, args), row["weights_sha256"][0]
     with tempfile.TemporaryDirectory() as folder:

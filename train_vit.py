@@ -43,7 +43,7 @@ def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
     flags.add_shared_flags(parser)
-    parser.add_argument("--data", help=f"{', '.join(IMAGES)}, or a folder: CIFAR-10's or MNIST's files, or images.npy and labels.npy")
+    parser.add_argument("--data", type=flags.place, help=f"{', '.join(IMAGES)}, or a folder: CIFAR-10's or MNIST's files, or images.npy and labels.npy")
     parser.add_argument("--epochs", type=flags.positive, help="passes over the images, instead of --steps")
     parser.add_argument("--image-size", type=flags.positive, help="pixels a side that the model sees; by default the data's own")
     parser.add_argument("--patch-size", type=flags.positive, help="pixels a side of a patch")
@@ -51,7 +51,7 @@ def main(argv=None):
     recipe = parser.add_argument_group("augmentation (C.3); 0 switches a piece off")
     recipe.add_argument("--crop-scale", type=flags.number(float, low=0, high=1), help="smallest share of the area that a random crop keeps")
     recipe.add_argument("--flip", type=flags.number(float, low=0, high=1), help="probability of a horizontal flip")
-    recipe.add_argument("--rand-augment", type=flags.number(int, low=0), help="RandAugment operations per image")
+    recipe.add_argument("--rand-augment", type=flags.number(int, low=0, high=100), help="RandAugment operations per image")
     recipe.add_argument("--rand-magnitude", type=flags.number(float, low=0, high=10), help="their magnitude, 0 to 10")
     recipe.add_argument("--jitter", type=flags.number(float, low=0, high=1), help="colour jitter: brightness, contrast, saturation")
     recipe.add_argument("--mixup", type=flags.number(float, low=0), help="alpha of Mixup's Beta distribution")

@@ -4,9 +4,12 @@
 evaluation: loss, the family's metric, norm and kurtosis of every layer).
 """
 import json
+import math
 import os
 import textwrap
+import warnings
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -72,7 +75,7 @@ def forget_after(folder, step):
     lines = metrics.read_bytes().splitlines(keepends=True) if metrics.exists() else []
     kept = []
     for line in lines:
-        with suppress(ValueError):  # a power cut can leave anything after the checkpoint's last line
+        with suppress(ValueError, TypeError, KeyError):  # a power cut can leave anything after the checkpoint's last line
             if line.endswith(b"\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
     write_atomically(metrics, lambda path: path.write_bytes(b"".join(kept)))
@@ -131,6 +134,37 @@ def save_checkpoint(folder, checkpoint):
 
 # ---- read again ----
 
+def read_log(folder):
+    """The evaluations in `folder`/metrics.jsonl, a dict each. Raises UserError if there are none."""
+    path = Path(folder, "metrics.jsonl")
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{folder}: no run here; expected a folder with metrics.jsonl") from None
+    if not lines:
+        raise UserError(f"{folder}: nothing is logged yet")
+    return parsed(lines, path)
+
+
+def parsed(lines, path):
+    """A log's lines as dicts. Raises UserError for what is none, or has no step."""
+    entries = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            entries.append(json.loads(line))
+            assert type(entries[-1]["step"]) is int
+        except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
+            raise UserError(f"{path}: line {number} is no evaluation; delete that line to go on without it") from None
+    return entries
+
+
+# What a checkpoint must have. To go on training takes more: optimizer, scaler, train_loss and seconds.
+CONTENTS = {"family": str, "config": dict, "args": dict, "model": dict, "step": int, "data_sha256": str}
+
+# What building a model and filling it raise where settings or weights are not such a model's.
+MISFIT = (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, RuntimeError)
+
+
 def load_checkpoint(folder, family=None):
     """The dictionary in `folder`/checkpoint.pt. Raises UserError if it is not a run's, or not of `family`."""
     path = Path(folder) / "checkpoint.pt"
@@ -142,12 +176,19 @@ def load_checkpoint(folder, family=None):
         raise UserError(f"{path}: truncated, or not a checkpoint of minq") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "minq 1":
         raise UserError(f"{path}: not a checkpoint of minq")
+    for key, kind in CONTENTS.items():
+        if not isinstance(checkpoint.get(key), kind):
+            raise UserError(f"{path}: its {key} is no {kind.__name__}; expected a checkpoint of minq")
     if family and checkpoint["family"] != family:
         raise UserError(f"{folder}: a run of {checkpoint['family']}, expected one of {family}")
     row_alpha = checkpoint["config"].pop("row_alpha", None)  # until November 2026 a flag beside --attention clipped
     if row_alpha is not None:
         checkpoint["config"] |= {"attention": "row-clipped", "alpha": row_alpha}
         checkpoint["args"]["attention"] = "row-clipped"
+    for name, weight in checkpoint["model"].items():
+        if not isinstance(weight, torch.Tensor) or not weight.isfinite().all():
+            raise UserError(f"{path}: {name} is {'not finite' if isinstance(weight, torch.Tensor) else 'no tensor'}; "
+                            "this run cannot be used, train it again")
     return checkpoint
 
 
@@ -159,17 +200,51 @@ def from_checkpoint(checkpoint, name):
             raise UserError(f"{name}: its {what} is {found!r}; expected one of {', '.join(known)}")
     build = FAMILIES[family]
     try:
-        model = build(build.config_class(**checkpoint["config"]))
-    except (TypeError, KeyError, RuntimeError) as error:
+        config = build.config_class(**{key: value for key, value in checkpoint["config"].items() if value is not None})
+        check_types(config)
+        if config.layers > len(checkpoint["model"]):
+            raise ValueError(f"{config.layers} layers, but {len(checkpoint['model'])} weights")
+        with torch.device("meta"):  # shapes only: whether the weights fit shows before any memory is taken
+            shapes = build(config)
+    except MISFIT as error:
         raise UserError(f"{name}: its settings do not fit minq's {build.__name__}: {error}") from None
-    return load_weights(model, checkpoint, name)
+    with warnings.catch_warnings(action="ignore"):  # that nothing is copied
+        load_weights(shapes, checkpoint, name)
+    return load_weights(build(config), checkpoint, name)
+
+
+def check_types(config):
+    """Raise TypeError if a field of a config holds what its declaration does not allow, ValueError for NaN and infinity."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if not isinstance(value, field.type) and not (type(value) is int and isinstance(1.0, field.type)):
+            raise TypeError(f"{field.name} is {value!r}, expected {getattr(field.type, '__name__', field.type)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} is {value}, expected a finite number")
+
+
+# Of the arguments of a run what is read to open it again; all are 1 at least, where they are numbers.
+SETTINGS = {"data": str, "batch_size": int, "eval_batches": int, "image_size": int | None, "seq_len": int,
+            "vocab_size": int | None, "special_ids": list | None, "mask_prob": float, "seed": int}
+
+
+def check_settings(checkpoint, name):
+    """Raise UserError where an argument of the run is missing, or is nothing that a script would have written."""
+    args = checkpoint["args"]
+    family = {"image_size"} if "image_size" in args else {"seq_len", "vocab_size", "special_ids"}
+    for key in {"data", "batch_size", "eval_batches", "seed"} | family | (SETTINGS.keys() & args.keys()):
+        if key not in args:
+            raise UserError(f"{name}: its args have no {key}; expected those of a training script of minq")
+        value, least = args[key], 0 if key == "seed" else 1
+        if not isinstance(value, SETTINGS[key]) or type(value) is int and value < least:
+            raise UserError(f"{name}: its args have {key} {value!r}; expected what a training script writes")
 
 
 def load_weights(model, checkpoint, name):
     """Give a model the weights of the run `name`. Raises UserError that says which do not fit."""
     try:
         model.load_state_dict(checkpoint["model"])
-    except RuntimeError as error:
+    except MISFIT as error:
         raise UserError(f"{name}: its checkpoint does not fit minq's {type(model).__name__}: "
                         + textwrap.shorten(str(error), 500, placeholder=" ...")) from None
     return model

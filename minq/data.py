@@ -155,7 +155,7 @@ def read_words(path):
     path = path.with_suffix(".json")
     try:
         words = json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         words = []
     if words is not None and not (words and isinstance(words, list) and all(isinstance(word, str) for word in words)):
         raise UserError(f"{path}: expected a list of words, one a token id, in JSON")
@@ -180,6 +180,7 @@ class Windows:
                                 f"fewer than one sequence of --seq-len {seq_len}")
         self.text, self.seq_len, self.window, self.sha256 = text, seq_len, window, text.sha256
         self.files = mapped_files(text.tokens)
+        self.sizes = {"seq_len": seq_len, "vocab_size": text.vocab_size}  # as the model's config must have them
 
     def train_batch(self, seed, step, size):
         """(tokens, labels), int64 (size, T), always the same for the same (seed, step)."""
@@ -217,6 +218,8 @@ class MaskedText(Windows):
         special = np.isin(tokens, self.specials)
 
         chosen = (rng.random(tokens.shape) < self.mask_prob) & ~special
+        if self.mask_prob > 0 and not chosen.any():  # a tiny batch: its loss is a mean over at least one
+            chosen.flat[rng.choice(np.flatnonzero(~special), size=1)] = True
         labels = np.where(chosen, tokens, IGNORE)
         fate = rng.random(tokens.shape)
         tokens[chosen & (fate < 0.8)] = self.text.mask

@@ -1,5 +1,7 @@
 """The flags that mean the same in all training scripts, and what they must satisfy."""
 import argparse
+import math
+import os
 from pathlib import Path
 
 from minq.attention import ATTENTIONS, GATES
@@ -27,9 +29,12 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 def number(kind, low=None, high=None, above=None, below=None):
-    """A type for argparse: an int or a float within bounds."""
+    """A type for argparse: an int or a float within bounds, never infinite and never NaN."""
     def parse(text):
         value = kind(text)
+        if not abs(value) < (math.inf if kind is float else 10 ** 18):
+            limit = "a finite number" if kind is float else "at most 18 digits"
+            raise argparse.ArgumentTypeError(f"{text[:40]}: expected {limit}")
         bounds = [(low, "at least", lambda b: value >= b), (high, "at most", lambda b: value <= b),
                   (above, "above", lambda b: value > b), (below, "below", lambda b: value < b)]
         if any(bound is not None and not holds(bound) for bound, _, holds in bounds):
@@ -42,6 +47,33 @@ def number(kind, low=None, high=None, above=None, below=None):
 
 positive = number(int, low=1)
 bits = number(int, low=2, high=16)
+
+
+def place(text):
+    """A type for argparse: the name of a file or folder, or of what is built in."""
+    if not text:  # "$folder" of a shell that knows no such variable; Path takes it for the present folder
+        raise argparse.ArgumentTypeError("is empty; expected a name")
+    return text
+
+
+def new_file(text):
+    """A type for argparse: a file that could be written. Said before an hour's work rather than after it."""
+    path = Path(place(text))
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: cannot be written: " + (
+            "is a folder" if path.is_dir() else f"there is no folder {path.parent}"))
+    return text
+
+
+class Distinct(argparse.Action):
+    """Several values, none of them twice."""
+
+    def __call__(self, parser, namespace, values, option=None):
+        places = [os.path.realpath(str(value)) for value in values]
+        for i, value in enumerate(values):
+            if places[i] in places[:i]:
+                raise argparse.ArgumentError(self, f"{value} is named twice; expected each once")
+        setattr(namespace, self.dest, values)
 
 
 # The attentions that read a flag. With any other it would change nothing, and is refused.
@@ -79,15 +111,15 @@ def add_size_flags(parser):
 def add_text_flags(parser):
     group = parser.add_argument_group("text")
     group.add_argument("--seq-len", type=positive, help="T, tokens per sequence")
-    group.add_argument("--data", help=f"{', '.join(TEXTS)}, a file or folder of text, or a .bin of uint16 tokens")
-    group.add_argument("--vocab-size", type=positive, help="number of tokens in a .bin")
+    group.add_argument("--data", type=place, help=f"{', '.join(TEXTS)}, a file or folder of text, or a .bin of uint16 tokens")
+    group.add_argument("--vocab-size", type=number(int, low=1, high=2 ** 16), help="number of tokens in a .bin")
     group.add_argument("--special-ids", type=special_ids, metavar="PAD,CLS,SEP,MASK",
                        help="their ids in a .bin; by default they follow the vocabulary")
 
 
 def special_ids(text):
-    ids = [number(int, low=0)(word) for word in text.split(",")]
-    if len(set(ids)) != 4:
+    ids = [number(int, low=0, high=2 ** 16 + 3)(word) for word in text.split(",")]
+    if len(ids) != 4 or len(set(ids)) != 4:
         raise argparse.ArgumentTypeError(f"{text}: expected four different ids, PAD,CLS,SEP,MASK")
     return ids
 
@@ -103,7 +135,7 @@ def add_training_flags(parser):
     group.add_argument("--decay-layernorm", action="store_true", default=None, help="decay LayerNorm's gamma too (Table 5)")
     group.add_argument("--clip", type=number(float, above=0), help="largest gradient norm")
     group.add_argument("--dropout", type=number(float, low=0, below=1), help="dropout probability")
-    group.add_argument("--seed", type=number(int, low=0), help="of initialization, data order and dropout")
+    group.add_argument("--seed", type=number(int, low=0, below=2 ** 32), help="of initialization, data order and dropout")
 
 
 def add_fake_quant_flags(parser):
@@ -119,7 +151,7 @@ def add_run_flags(parser):
     group.add_argument("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
     group.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of the forward pass; by default bf16 where the hardware has it")
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
-    group.add_argument("--out", help="the run's folder; by default runs/ and its settings")
+    group.add_argument("--out", type=place, help="the run's folder; by default runs/ and its settings")
     group.add_argument("--overwrite", action="store_true", default=None, help="replace the run in --out")
     group.add_argument("--resume", action="store_true", default=None, help="continue the run in --out with its own settings")
     group.add_argument("--eval-every", type=positive, help="steps between evaluations")
@@ -159,6 +191,9 @@ def read_flags(family, parser, defaults, presets, argv=None):
     args = argparse.Namespace(**chosen | typed)
     check_attention(args, typed)
     settle_fake_quant(args, typed)
+    check_memory(args)
+    if args.resume and args.overwrite:
+        raise UserError("--resume continues the run in --out, --overwrite replaces it; give one of them")
     args.out = args.out or run_name(family, args, typed)
     if not args.resume:
         return args, typed, None
@@ -172,7 +207,29 @@ def steps_of(args, typed, steps_per_epoch):
     """The number of steps that --steps or --epochs ask for."""
     if "steps" in typed and "epochs" in typed:
         raise UserError(f"--steps {args.steps} and --epochs {args.epochs} both set the length; give one of them")
-    return args.steps if "steps" in typed or args.epochs is None else args.epochs * steps_per_epoch
+    if "steps" in typed or args.epochs is None:
+        return args.steps
+    if steps_per_epoch == 0:
+        raise UserError(f"--batch-size {args.batch_size} with --accumulate {args.accumulate} is more than all images; "
+                        "expected at most an epoch's, or --steps")
+    return args.epochs * steps_per_epoch
+
+
+def check_memory(args):
+    """Refuse sizes that this machine cannot hold by far: asked for more and more memory, it would end the process.
+
+    At least the weights, their gradients and AdamW's two moments are needed, an activation a block and
+    the tokens of a step. What is a little too much, or too much for a GPU, shows when it is asked for.
+    """
+    T = getattr(args, "seq_len", None) or 1 + ((args.image_size or 0) // args.patch_size) ** 2
+    weights = args.layers * args.width * (4 * args.width + 2 * (args.ffn or 4 * args.width)) + T * args.width
+    activations = args.batch_size // int(os.environ.get("WORLD_SIZE", 1)) * T * args.width * args.layers
+    needed = 16 * weights + 4 * activations + 8 * args.batch_size * args.accumulate * (T if hasattr(args, "seq_len") else 1)
+    if hasattr(os, "sysconf") and needed > (memory := os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")):
+        sizes = ("layers", "width", "ffn", "seq_len", "image_size", "batch_size", "accumulate")
+        chosen = " ".join(f"--{name.replace('_', '-')} {value}" for name in sizes if (value := getattr(args, name, None)))
+        raise UserError(f"{chosen} needs at least {needed / 2 ** 30:.3g} GiB of memory, this machine has "
+                        f"{memory / 2 ** 30:.3g}; make one of them smaller")
 
 
 def check_attention(args, typed):

@@ -233,6 +233,7 @@ class Images:
         self.source, self.classes, self.sha256 = source, source.classes, source.sha256
         self.image_size = image_size or source.train.images.shape[1]
         self.files = mapped_files(*(array for part in (source.train, source.validation) for array in (part.images, part.labels)))
+        self.sizes = {"image_size": self.image_size, "classes": self.classes}  # as the model's config must have them
 
     def train_rows(self, seed, step, size):
         """Which images batch `step` holds, (size,), drawn at random: the same for the same (seed, step)."""

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minq.checkpoints import (append_line, claim, forget_after, from_checkpoint, held, load_checkpoint, load_weights,
-                              require_same_data, require_same_optimizer, save_checkpoint)
+from minq.checkpoints import (append_line, check_settings, claim, forget_after, from_checkpoint, held, load_checkpoint,
+                              load_weights, read_log, require_same_data, require_same_optimizer, save_checkpoint)
 from minq.data import open_data, require_unchanged, stamps
 from minq.errors import UserError
 from minq.fake_quant import fake_quantization_off, fake_quantize_training
@@ -225,7 +225,7 @@ def add_up(outliers):
 
 def summary(folder):
     """The last evaluation of a run, in words."""
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    last = read_log(folder)[-1]
     metric = "accuracy" if "accuracy" in last else "perplexity"
     switched_off = f" (fake quantization off {last['float_' + metric]:.3f})" if last["float_" + metric] != last[metric] else ""
     norms = ", ".join(f"{max(last[tap]['inf_norm']):.1f} ({tap})" for tap in ("ffn_output", "layer_output"))
@@ -271,6 +271,7 @@ def open_run(folder, device, data_source=None, family=None):
     trained on, a name, a path, or a file in its folder; UserError if it has changed.
     """
     checkpoint = load_checkpoint(folder, family)
+    check_settings(checkpoint, folder)
     model = from_checkpoint(checkpoint, folder).to(device).eval()
     source = data_source or checkpoint["args"]["data"]
     inside = Path(folder, source)
@@ -279,4 +280,13 @@ def open_run(folder, device, data_source=None, family=None):
     data = open_data(checkpoint["args"] | {"data": source})
     if not data_source:
         require_same_data(source, data.sha256, checkpoint)
+    require_fit(model.config, data, folder)
     return OpenedRun(str(folder), checkpoint, model, data, device)
+
+
+def require_fit(config, data, name):
+    """Raise UserError if a model cannot take this data: other lengths, or ids and labels that it does not know."""
+    for size, needed in data.sizes.items():
+        has = getattr(config, size, None)
+        if has is None or needed > has or needed < has and size in ("seq_len", "image_size"):
+            raise UserError(f"{name}: its model has {size} {has}, its data {needed}; expected the data it was trained on, or its like")

@@ -62,8 +62,15 @@ def pick_device(name=None):
         raise UserError(f"--device {name}: this machine has no CUDA device")
     try:
         device = torch.device(name)
+        known = device.type in ("cpu", "cuda", "mps")
     except RuntimeError:
-        raise UserError(f"--device {name}: expected cpu, cuda, cuda:N or mps") from None
+        known = False
+    if not known:
+        raise UserError(f"--device {name}: expected cpu, cuda, cuda:N or mps")
+    try:
+        torch.empty(0, device=device)
+    except RuntimeError:  # its own words are about builds of PyTorch
+        raise UserError(f"--device {name}: this machine has none; expected cpu, cuda, cuda:N or mps") from None
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else device
 
 

@@ -111,6 +111,8 @@ class Source:
         for key, tensor in zip(keys, taken):
             if not tensor.is_floating_point():
                 raise UserError(f"{self.name}: {key} is {tensor.dtype}; expected floating point")
+            if not tensor.isfinite().all():
+                raise UserError(f"{self.name}: {key} holds values that are not finite; expected a trained model")
             if tensor.shape[1:] != taken[0].shape[1:] or tensor.dim() == 0:
                 raise UserError(f"{self.name}: {key} has shape {tuple(tensor.shape)}, {keys[0]} {tuple(taken[0].shape)}")
         self.origin[into] = keys[0]

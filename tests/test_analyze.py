@@ -316,7 +316,7 @@ def test_without_matplotlib_the_numbers_are_printed(runs, tmp_path, monkeypatch)
     (["bert", "--gates"], "--gates: RUNS/bert has no gates; its attention is vanilla"),
     (["bert", "--compare"], "--compare needs two runs, got 1"),
     (["bert", "opt"], "give one, or several with --curves, or two with --compare"),
-    (["bert", "bert", "--curves"], "the same run twice"),
+    (["bert", "bert", "--curves"], "bert is named twice"),
     (["bert", "opt", "--compare"], "runs of bert and opt; expected one family"),
     (["bert", "gated", "--compare", "--layer", "3"], "--layer 3: these runs have layers 1 to 2"),
     (["bert", "gated", "--compare", "--head", "1"], "--head has no meaning with --compare"),

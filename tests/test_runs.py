@@ -18,7 +18,8 @@ def save(folder, **changes):
     model = Bert(BertConfig(layers=2, width=32, heads=4, ffn=64, seq_len=12, attention="gated", gate="mlp", gate_hidden=3))
     folder.mkdir()
     claim(folder, overwrite=False)
-    state = {"format": "minq 1", "family": "bert", "config": {**vars(model.config)}, "model": model.state_dict(), "step": 1}
+    state = {"format": "minq 1", "family": "bert", "config": {**vars(model.config)}, "model": model.state_dict(),
+             "step": 1, "args": {}, "data_sha256": ""}
     torch.save(state | changes, folder / "checkpoint.pt")
     return model
 

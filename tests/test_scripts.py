@@ -221,10 +221,11 @@ def test_help_shows_the_values_of_the_default_preset(family, shown, monkeypatch)
 def test_quantize_names_the_tap_that_has_no_finite_range(corpus, tmp_path):
     run("train_opt.py", *SMALL, "--data", corpus, "--out", tmp_path / "run")
     checkpoint = saved(tmp_path / "run")
-    checkpoint["model"]["layers.1.ffn_down.bias"][3] = torch.inf
+    for layer in (0, 1):  # finite, but not their sum
+        checkpoint["model"][f"layers.{layer}.ffn_down.bias"][3] = 3e38
     torch.save(checkpoint, tmp_path / "run" / "checkpoint.pt")
     _, err = run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, code=2)
-    assert f"{tmp_path / 'run'}: layers.1.ffn_output_tap: its calibrated scale is" in err.splitlines()[-1] and "Traceback" not in err
+    assert f"{tmp_path / 'run'}: layers.1.layer_output_tap: its calibrated scale is" in err.splitlines()[-1] and "Traceback" not in err
 
 
 def test_the_best_pair_of_estimators_is_never_one_that_gives_nan(corpus, tmp_path, monkeypatch):
