@@ -10,7 +10,6 @@ without a head has nothing to predict: its metric is how near its last hidden st
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ import torch
 
 from minq import flags
 from minq.data import load_text, read_bytes, stdlib_source
+from minq.download import from_hub
 from minq.errors import UserError, one_line_errors
 from minq.images import IMAGES, load_images
 from minq.pretrained import convert
@@ -53,7 +53,7 @@ def main(argv=None):
         raise UserError(f"--out {out}: holds no run; --overwrite replaces nothing else")
 
     # ---- the model ----
-    folder, revision = (Path(args.name), None) if is_folder else download(args.name)
+    folder, revision = (Path(args.name), None) if is_folder else from_hub(args.name, WANTED, WEIGHTS)
     found = convert(folder, args.seq_len)
     for flag in ("text", "seq_len") if found.family == "vit" else ("images",):
         if getattr(args, flag):
@@ -91,26 +91,6 @@ def main(argv=None):
     print(f"{out}: {found.family}, {config.layers} layers of width {config.width}, {parameters / 1e6:.1f}M parameters, T {config.seq_len}, "
           f"metric {run.model.metric}; weights SHA-256 {found.sha256}" + (f", revision {revision}" if revision else ""))
     print(f"next: python quantize.py {out} --taps")
-
-
-def download(name):
-    """(folder, revision) of a model of the Hub, in its cache."""
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.utils import disable_progress_bars, logging
-    except ImportError:
-        raise UserError(f"{name}: no such folder; to download a model of that name: {INSTALL}") from None
-    logging.set_verbosity_error()  # what goes wrong is said below
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    try:
-        for weights in WEIGHTS:  # where the Hub cannot be reached, this gives an earlier download, if complete
-            folder = Path(snapshot_download(name, allow_patterns=[*WANTED, *weights]))
-            if any((folder / file).exists() for file in weights[:2]):
-                break
-    except Exception as error:  # offline, unknown, broken off: each has exceptions of its own
-        raise UserError(f"{name}: no such folder, and it cannot be downloaded from the Hub: {in_one_line(error)}") from None
-    return folder, folder.name  # the cache names a snapshot by its commit
 
 
 def in_one_line(error):

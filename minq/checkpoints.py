@@ -171,7 +171,8 @@ def load_checkpoint(folder, family=None):
     if not path.is_file():
         raise UserError(f"{folder}: no run here; expected a folder with checkpoint.pt")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of pickles that torch did not write
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception:  # bytes that are no checkpoint raise anything
         raise UserError(f"{path}: truncated, or not a checkpoint of minq") from None
     if not isinstance(checkpoint, dict) or checkpoint.get("format") != "minq 1":
@@ -236,7 +237,7 @@ def check_settings(checkpoint, name):
         if key not in args:
             raise UserError(f"{name}: its args have no {key}; expected those of a training script of minq")
         value, least = args[key], 0 if key == "seed" else 1
-        if not isinstance(value, SETTINGS[key]) or type(value) is int and value < least:
+        if not isinstance(value, SETTINGS[key]) or value == "" or type(value) is int and value < least:
             raise UserError(f"{name}: its args have {key} {value!r}; expected what a training script writes")
 
 

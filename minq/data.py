@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minq.download import ENWIK8, unpacked
 from minq.errors import UserError
 from minq.images import Images, load_images, mapped_files, share
 
@@ -117,6 +118,7 @@ def bigram_backcopy(chains=16_384, length=256, triggers=3, seed=0):
 TEXTS = {
     "stdlib": lambda: (as_bytes(stdlib_source()), BYTES),
     "backcopy": lambda: (bigram_backcopy(), BACKCOPY_SYMBOLS),
+    "enwik8": lambda: (np.memmap(unpacked(ENWIK8, "--data enwik8"), dtype=np.uint8, mode="r"), BYTES),
 }
 
 

@@ -5,24 +5,17 @@ The sister of data.py: batch `step` of a run is a pure function of (seed, step).
 """
 import hashlib
 import math
-import os
-import shutil
-import tarfile
-import tempfile
-import urllib.request
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from minq.augment import centre_crop
+from minq.download import CIFAR10, unpacked
 from minq.errors import UserError
 from minq.shapes import SHAPES, draw_shapes
 
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
 CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then all red values, all green, all blue
 MOST_CLASSES = 2 ** 16            # where a file does not tell, a larger label is taken for an error
 VALIDATION_SHARE = 0.1            # of an array that comes without validation images
@@ -73,7 +66,7 @@ def load_images(source):
 # A name for --data -> (Part to train on, Part to validate with, number of classes).
 IMAGES = {
     "shapes": lambda: (Part(*draw_shapes(20_000, seed=0)), Part(*draw_shapes(2_000, seed=1)), len(SHAPES)),
-    "cifar10": lambda: read_folder(cifar10_folder()),
+    "cifar10": lambda: read_folder(unpacked(CIFAR10, "--data cifar10")),
 }
 
 
@@ -128,8 +121,9 @@ def read_arrays(folder):
         try:
             images, labels = (np.lib.format.open_memmap(folder / f"{prefix}{name}.npy", mode="r")
                               for name in ("images", "labels"))
-        except ValueError as error:
-            raise UserError(f"--data {folder}: {prefix}images.npy or {prefix}labels.npy is no array: {error}") from None
+        except (ValueError, OverflowError, MemoryError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"--data {folder}: {prefix}images.npy or {prefix}labels.npy is no array: {reason}") from None
         return checked_part(folder, images, labels, MOST_CLASSES)
 
     train = part("")
@@ -168,7 +162,7 @@ def read_idx(folder, name, dimensions):
 
 def checked_part(folder, images, labels, most_classes):
     """A Part, if images and labels are what its fields promise and the images are square."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not 0 < images.shape[1] == images.shape[2]:
         raise UserError(f"--data {folder}: images are {images.dtype} of shape {images.shape}; "
                         "expected uint8 of shape (N, H, H, 3)")
     if labels.dtype.kind not in "iu" or labels.shape != (len(images),):
@@ -183,31 +177,6 @@ def checked_part(folder, images, labels, most_classes):
 
 def largest_label(train, validation):
     return int(max(train.labels.max(initial=0), validation.labels.max(initial=0)))
-
-
-def cifar10_folder():
-    """The folder of CIFAR-10's files in the cache; the first call downloads them."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "minq")
-    folder = cache / "cifar-10-batches-bin"  # as the archive names it
-    if folder.exists():
-        return folder
-    print(f"downloading {CIFAR10_URL} (170 MB) to {cache}", flush=True)
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            archive = Path(scratch, "archive.tar.gz")
-            with urllib.request.urlopen(CIFAR10_URL, timeout=60) as remote, open(archive, "wb") as file:
-                shutil.copyfileobj(remote, file)
-            md5 = hashlib.md5(archive.read_bytes()).hexdigest()
-            if md5 != CIFAR10_MD5:
-                raise UserError(f"--data cifar10: {CIFAR10_URL} has the MD5 {md5}; expected {CIFAR10_MD5}")
-            with tarfile.open(archive) as tar:
-                tar.extractall(scratch, filter="data")  # refuses paths that lead elsewhere
-            os.replace(Path(scratch, folder.name), folder)  # complete, or not there at all
-    except (OSError, HTTPException, tarfile.TarError) as error:
-        if not folder.exists():  # it does if another process was faster
-            raise UserError(f"--data cifar10: cannot be fetched from {CIFAR10_URL} to {cache}: {error}") from None
-    return folder
 
 
 # ---- batches ----

@@ -1,10 +1,13 @@
 """Every test runs with one thread, so that the suite takes as long on a busy machine as on an idle one."""
 import os
+import threading
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts; also for the scripts that tests run
 
 import numpy as np
 import pytest
+
+from serving import Server
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +27,16 @@ def cifar(tmp_path_factory):
     records[:40].tofile(folder / "data_batch_1.bin")
     records[40:].tofile(folder / "test_batch.bin")
     return folder
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A web server in place of the Hub, and a cache of its own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "*")
+    with Server() as found:
+        threading.Thread(target=found.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", found.url)
+        yield found
+        found.go_on.set()
+        found.shutdown()

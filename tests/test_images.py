@@ -2,14 +2,12 @@
 import hashlib
 import os
 import struct
-import tarfile
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from minq import images
 from minq.errors import UserError
 from minq.images import Images, ImageSource, Part, load_images
 from minq.shapes import EXTENT, SHAPES, draw_shapes
@@ -198,73 +196,6 @@ def test_bad_data_is_named_in_one_line(tmp_path, name):
         load_images(folder)
     assert f"--data {folder}" in str(error.value) and expected in str(error.value)
     assert "\n" not in str(error.value)
-
-
-# ---- CIFAR-10 from the net ----
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A file:// address in place of the real one; returns a function that publishes an archive of a folder."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-    def publish(add):
-        archive = tmp_path / "served.tar.gz"
-        with tarfile.open(archive, "w:gz") as tar:
-            add(tar)
-        monkeypatch.setattr(images, "CIFAR10_URL", archive.as_uri())
-        monkeypatch.setattr(images, "CIFAR10_MD5", hashlib.md5(archive.read_bytes()).hexdigest())
-        return archive
-    return publish
-
-
-def left_in_cache(tmp_path):
-    return sorted(path.name for path in (tmp_path / "cache" / "minq").iterdir())
-
-
-def test_download_is_cached(tmp_path, server):
-    folder = make_cifar(tmp_path / "cifar-10-batches-bin")
-    archive = server(lambda tar: tar.add(folder, folder.name))
-    first = load_images("cifar10")
-    assert first.sha256 == load_images(folder).sha256
-    assert left_in_cache(tmp_path) == ["cifar-10-batches-bin"]
-    archive.unlink()
-    assert load_images("cifar10").sha256 == first.sha256  # without the net
-
-
-def test_wrong_checksum_leaves_nothing(tmp_path, server, monkeypatch):
-    folder = make_cifar(tmp_path / "cifar-10-batches-bin")
-    server(lambda tar: tar.add(folder, folder.name))
-    monkeypatch.setattr(images, "CIFAR10_MD5", "0" * 32)
-    with pytest.raises(UserError, match="--data cifar10.*MD5.*expected 0000"):
-        load_images("cifar10")
-    assert left_in_cache(tmp_path) == []
-
-
-def test_no_network(tmp_path, server):
-    server(lambda tar: None).unlink()
-    with pytest.raises(UserError, match="--data cifar10: cannot be fetched from file:"):
-        load_images("cifar10")
-    assert left_in_cache(tmp_path) == []
-
-
-def test_archive_cannot_write_elsewhere(tmp_path, server):
-    (tmp_path / "evil").write_text("evil")
-    server(lambda tar: tar.add(tmp_path / "evil", "../../escaped"))
-    with pytest.raises(UserError, match="--data cifar10"):
-        load_images("cifar10")
-    assert not list(tmp_path.rglob("escaped")) and left_in_cache(tmp_path) == []
-
-
-def test_another_process_may_be_faster(tmp_path, server, monkeypatch):
-    folder = make_cifar(tmp_path / "cifar-10-batches-bin")
-    server(lambda tar: tar.add(folder, folder.name))
-    replace = images.os.replace
-
-    def late(new, old):
-        make_cifar(old)
-        replace(new, old)  # fails: the folder is there and not empty
-    monkeypatch.setattr(images.os, "replace", late)
-    assert load_images("cifar10").sha256 == load_images(folder).sha256
 
 
 # ---- shapes ----

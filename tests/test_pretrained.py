@@ -10,8 +10,6 @@ import pickle
 import re
 import shutil
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +20,12 @@ import torch.nn.functional as F
 from minq.damage import last_hidden
 from minq.data import stdlib_source
 from minq.runs import open_run
-from running import ROOT, run, saved, start
+from running import run, saved
+from serving import COMMIT, as_hub
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
 safetensors = pytest.importorskip("safetensors.torch")
-pytest.importorskip("huggingface_hub")
 resource = pytest.importorskip("resource")  # not on Windows
 
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
@@ -817,139 +815,34 @@ def test_a_missing_package(published, tmp_path, corpus, monkeypatch, missing):
     assert "pip install -e '.[pretrained]'" in refused(published["masked"], tmp_path / "run", "--text", corpus)
 
 
-def test_without_huggingface_hub(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert "pip install -e '.[pretrained]'" in refused("some/name", tmp_path / "run")
-
-
 @pytest.mark.parametrize("name", ["a/b/c", "a" * 300, "-", "a b"])
 def test_names_that_are_none(tmp_path, name):
     """Neither folders nor ids of the Hub, which is not asked."""
     assert "no such folder" in refused(name, tmp_path / "run")
 
 
-# ---- the Hub: a server of one repository ----
+# ---- from the Hub (how that may fail: test_download.py) ----
 
-COMMIT = "0123456789abcdef" * 2 + "01234567"
-
-
-class Hub(ThreadingHTTPServer):
-    """Serves the files of a folder as huggingface.co does, or with `fault` fails as it might."""
-
-    def __init__(self, folder, fault=None):
-        self.folder, self.fault, self.served = folder, fault, []
-        super().__init__(("127.0.0.1", 0), Answer)
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-
-class Answer(BaseHTTPRequestHandler):
-    def do_GET(self):
-        hub, path = self.server, self.path.partition("?")[0]
-        files = sorted(str(file.relative_to(hub.folder)) for file in hub.folder.rglob("*") if file.is_file())
-        name = path.removeprefix(f"/tiny/bert/resolve/{COMMIT}/")
-        if hub.fault in (404, 500) or hub.fault == "broken" and name.startswith("model"):
-            headers = {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Repository not found"} if hub.fault == 404 else {}
-            self.answer(b"{}", 404 if hub.fault == "broken" else hub.fault, **headers)
-        elif path in ("/api/models/tiny/bert", "/api/models/tiny/bert/revision/main", f"/api/models/tiny/bert/revision/{COMMIT}"):
-            self.answer(json.dumps({"id": "tiny/bert", "sha": COMMIT, "siblings": [{"rfilename": file} for file in files]}).encode())
-        elif path == f"/api/models/tiny/bert/tree/{COMMIT}":
-            self.answer(json.dumps([{"type": "file", "path": file, "size": (hub.folder / file).stat().st_size, "oid": etag(file)}
-                                    for file in files]).encode())
-        elif name in files:
-            if self.command == "GET":
-                hub.served.append(name)
-            self.answer((hub.folder / name).read_bytes(), cut=hub.fault == "breaks off" and name.startswith("model"),
-                        ETag=f'"{etag(name)}"', X_Repo_Commit=COMMIT)
-        else:
-            self.answer(b"{}", 404)
-
-    do_HEAD = do_GET
-
-    def answer(self, content, status=200, cut=False, **headers):
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content)))
-        for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(content[:len(content) // 2] if cut else content)
-            if cut:  # for good: a server that may come back is asked for half a minute
-                self.server.fault, self.close_connection = "broken", True
-
-    def log_message(self, *_):
-        pass
-
-
-def etag(name):
-    return name.encode().hex()[:40].ljust(40, "0")
-
-
-@contextlib.contextmanager
-def serving(folder, fault=None):
-    with Hub(folder, fault) as hub:
-        threading.Thread(target=hub.serve_forever, daemon=True).start()
-        yield hub
-        hub.shutdown()
-
-
-@pytest.fixture(scope="module")
-def repository(published, tmp_path_factory):
-    """With the same weights in three more forms, as on the Hub."""
-    folder = Path(shutil.copytree(published["masked"], tmp_path_factory.mktemp("repository") / "bert"))
-    (folder / "onnx").mkdir()
-    for name in ("onnx/model.onnx", "pytorch_model.bin", "model.fp16.safetensors", "tf_model.h5", "README.md"):
-        (folder / name).write_bytes(b"not to be fetched")
-    return folder
-
-
-def fetch(url, home, out, corpus, code=0):
-    """The script in a process of its own: huggingface_hub reads its variables when it is imported."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_") and "proxy" not in name.lower()}
-    script = start("pretrained.py", "tiny/bert", "--out", out, "--text", corpus, cwd=ROOT,
-                   env=environment | {"HF_ENDPOINT": url, "HF_HOME": str(home), "HF_HUB_DISABLE_TELEMETRY": "1"})
-    stdout, err = script.communicate(timeout=60)
-    assert script.returncode == code, err
-    return stdout, err
-
-
-def test_download(repository, tmp_path, corpus, published):
-    with serving(repository) as hub:
-        out, _ = fetch(hub.url, tmp_path / "home", tmp_path / "run", corpus)
-    assert sorted(hub.served) == ["config.json", "model.safetensors", "tokenizer.json"]
+def test_download(server, tmp_path, corpus, published):
+    others = ("onnx/model.onnx", "pytorch_model.bin", "model.fp16.safetensors", "tf_model.h5", "README.md")
+    as_hub(server, {path.name: path.read_bytes() for path in published["masked"].iterdir()} | dict.fromkeys(others, b"not to be fetched"))
+    out, _ = run("pretrained.py", "org/model", "--out", tmp_path / "run", "--text", corpus)
+    served = [path.rpartition("/")[2] for path, _ in server.asked if "/resolve/" in path]
+    assert sorted(served) == ["config.json", "model.safetensors", "tokenizer.json"]
     args = saved(tmp_path / "run")["args"]
-    assert (args["source"], args["revision"]) == ("tiny/bert", COMMIT) and COMMIT in out
+    assert (args["source"], args["revision"]) == ("org/model", COMMIT) and COMMIT in out
     assert_same(open_run(tmp_path / "run", torch.device("cpu")), transformers.BertForMaskedLM.from_pretrained(published["masked"]).eval())
-    # the server is gone: from the cache
-    fetch(hub.url, tmp_path / "home", tmp_path / "again", corpus)
+    server.fault = 503
+    run("pretrained.py", "org/model", "--out", tmp_path / "again", "--text", corpus)  # from the cache
     assert saved(tmp_path / "again")["args"] == args
 
 
-def test_download_of_a_repository_without_safetensors(repository, tmp_path, corpus):
-    folder = Path(shutil.copytree(repository, tmp_path / "repository"))
-    torch.save(safetensors.load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
-    (folder / "model.safetensors").unlink()
-    with serving(folder) as hub:
-        fetch(hub.url, tmp_path / "home", tmp_path / "run", corpus)
-    assert sorted(hub.served) == ["config.json", "pytorch_model.bin", "tokenizer.json"]
+def test_download_of_a_repository_without_safetensors(server, tmp_path, corpus, published):
+    files = {path.name: path.read_bytes() for path in published["masked"].iterdir()}
+    torch.save(safetensors.load(files.pop("model.safetensors")), tmp_path / "weights")
+    as_hub(server, files | {"pytorch_model.bin": (tmp_path / "weights").read_bytes()})
+    run("pretrained.py", "org/model", "--out", tmp_path / "run", "--text", corpus)
     assert saved(tmp_path / "run")["args"]["revision"] == COMMIT
-
-
-@pytest.mark.parametrize("fault", [404, 500, "breaks off", "absent"])
-def test_a_hub_that_fails(repository, tmp_path, corpus, fault):
-    with serving(repository, fault) as hub:
-        if fault == "absent":
-            hub.server_close()
-        out, err = fetch(hub.url, tmp_path / "home", tmp_path / "run", corpus, code=2)
-    assert err.startswith("error: tiny/bert: no such folder, and it cannot be downloaded") and err.count("\n") == 1 and not out
-    assert [path.name for path in tmp_path.iterdir() if path.name != "home"] == []
-    if fault == "breaks off":  # half a file is not taken for one, and goes on where it stopped
-        assert "model.safetensors" in hub.served
-        with serving(repository) as hub:
-            fetch(hub.url, tmp_path / "home", tmp_path / "run", corpus)
-        open_run(tmp_path / "run", torch.device("cpu"))
 
 
 # ---- a real one ----
