@@ -28,12 +28,14 @@ from minq.model import FAMILIES
 
 @contextmanager
 def held(folder):
-    """While active no other process can hold `folder`, which is made if need be: two trainings would mix their runs.
+    """While active no other process can hold `folder`: two trainings would mix their runs. It is made if need be, and
+    is gone again if nothing has come into it.
 
     The system lets go of it when the process ends, however it ends. (Not on Windows, nor where a file
     system knows no locks.) Raises UserError.
     """
     try:
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY) if fcntl else None
     except OSError as error:
@@ -51,10 +53,13 @@ def held(folder):
     finally:
         if fcntl:
             os.close(handle)
+        with suppress(OSError):  # not empty
+            for path in made:
+                path.rmdir()
 
 
-def claim(folder, overwrite):
-    """Begin a new run in `folder`. Raises UserError if it holds one, unless it is to be overwritten."""
+def require_free(folder, overwrite):
+    """Raise UserError if `folder` holds a run, unless it is to be overwritten."""
     checkpoint, metrics = folder / "checkpoint.pt", folder / "metrics.jsonl"
     if not overwrite and checkpoint.exists():
         raise UserError(f"--out {folder}: already holds a run; continue it with --resume, "
@@ -62,9 +67,14 @@ def claim(folder, overwrite):
     if not overwrite and metrics.exists() and metrics.stat().st_size:  # an empty one: killed before it had anything to lose
         raise UserError(f"--out {folder}: holds the log of a run that ended before its first checkpoint; "
                         "replace it with --overwrite, or name another --out")
+
+
+def claim(folder, overwrite):
+    """Begin a new run in `folder`, which ends another that may be there. Raises UserError as require_free does."""
+    require_free(folder, overwrite)
     try:
-        checkpoint.unlink(missing_ok=True)
-        metrics.write_text("")
+        (folder / "checkpoint.pt").unlink(missing_ok=True)
+        (folder / "metrics.jsonl").write_text("")
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written: {error.strerror}") from None
 
@@ -197,7 +207,7 @@ def from_checkpoint(checkpoint, name):
     """Rebuild the model of a run's checkpoint. Raises UserError, naming the run, where it does not fit this code."""
     family, attention = checkpoint["family"], checkpoint["config"].get("attention")
     for what, found, known in (("family", family, FAMILIES), ("attention", attention, ATTENTIONS)):
-        if found not in known:
+        if found not in list(known):  # it may be nothing that a dictionary can hold
             raise UserError(f"{name}: its {what} is {found!r}; expected one of {', '.join(known)}")
     build = FAMILIES[family]
     try:
@@ -205,12 +215,12 @@ def from_checkpoint(checkpoint, name):
         check_types(config)
         if config.layers > len(checkpoint["model"]):
             raise ValueError(f"{config.layers} layers, but {len(checkpoint['model'])} weights")
-        with torch.device("meta"):  # shapes only: whether the weights fit shows before any memory is taken
+        with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             shapes = build(config)
     except MISFIT as error:
         raise UserError(f"{name}: its settings do not fit minq's {build.__name__}: {error}") from None
-    with warnings.catch_warnings(action="ignore"):  # that nothing is copied
-        load_weights(shapes, checkpoint, name)
+    with warnings.catch_warnings(action="ignore"):
+        load_weights(shapes, checkpoint, name)  # whether they fit, before any memory is taken
     return load_weights(build(config), checkpoint, name)
 
 

@@ -121,7 +121,9 @@ def read_arrays(folder):
         try:
             images, labels = (np.lib.format.open_memmap(folder / f"{prefix}{name}.npy", mode="r")
                               for name in ("images", "labels"))
-        except (ValueError, OverflowError, MemoryError) as error:
+        except OSError:
+            raise
+        except Exception as error:  # NumPy reads a header as Python, and raises anything
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"--data {folder}: {prefix}images.npy or {prefix}labels.npy is no array: {reason}") from None
         return checked_part(folder, images, labels, MOST_CLASSES)

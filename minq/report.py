@@ -16,6 +16,8 @@ class Report:
 
     def __init__(self, folder):
         self.folder, self.parts, self.drawn = folder, [], []
+        if any(path.exists() and not path.is_dir() for path in (folder, *folder.parents)):
+            raise UserError(f"--out {folder}: cannot be written: a file is in the way")
         try:
             from minq import figures
         except ImportError:

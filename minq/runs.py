@@ -15,7 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from minq.checkpoints import (append_line, check_settings, claim, forget_after, from_checkpoint, held, load_checkpoint,
-                              load_weights, read_log, require_same_data, require_same_optimizer, save_checkpoint)
+                              load_weights, read_log, require_free, require_same_data, require_same_optimizer,
+                              save_checkpoint)
 from minq.data import open_data, require_unchanged, stamps
 from minq.errors import UserError
 from minq.fake_quant import fake_quantization_off, fake_quantize_training
@@ -77,12 +78,14 @@ class Run:
         args, started = self.args, time.perf_counter() - self.seconds
         with held(self.folder) if self.rank == 0 else nullcontext(), Interrupt() as interrupt:
             if self.rank == 0:
-                forget_after(self.folder, self.step) if self.resumed else claim(self.folder, args.overwrite)
+                forget_after(self.folder, self.step) if self.resumed else require_free(self.folder, args.overwrite)
             with tqdm(total=args.steps, initial=self.step, unit="step", disable=self.rank > 0) as progress:
                 while self.step < args.steps and not self.signal:
                     seed_step(args.seed, self.step, self.rank)
                     self.step_loss = torch.zeros((), device=self.device)
                     yield self.step
+                    if self.step == 0 and self.rank == 0:  # now it is known to work: only now a run in the way is replaced
+                        claim(self.folder, args.overwrite)
                     self.step += 1
                     require_unchanged(self.files)
                     self.share(interrupt.signal)
