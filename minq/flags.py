@@ -198,8 +198,11 @@ def read_flags(family, parser, defaults, presets, argv=None):
     if not args.resume:
         return args, typed, None
     checkpoint = load_checkpoint(args.out, family)
-    if "optimizer" not in checkpoint:
+    if not {"optimizer", "scaler", "train_loss", "seconds"} <= checkpoint.keys():
         raise UserError(f"--resume: {args.out} has weights only, as the runs of zoo/ and of pretrained.py have; there is nothing to go on from")
+    missing = [name for name, value in chosen.items() if value is not None and name not in checkpoint["args"]]
+    if missing:
+        raise UserError(f"--resume: {args.out} does not tell its {missing[0]}; another version of minq, or nothing of minq's, wrote it")
     return resumed(checkpoint, typed, args.out), typed, checkpoint
 
 

@@ -5,6 +5,7 @@ The sister of data.py: batch `step` of a run is a pure function of (seed, step).
 """
 import hashlib
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -119,8 +120,9 @@ def read_arrays(folder):
     """
     def part(prefix):
         try:
-            images, labels = (np.lib.format.open_memmap(folder / f"{prefix}{name}.npy", mode="r")
-                              for name in ("images", "labels"))
+            with warnings.catch_warnings(action="ignore"):  # of sizes that overflow
+                images, labels = (np.lib.format.open_memmap(folder / f"{prefix}{name}.npy", mode="r")
+                                  for name in ("images", "labels"))
         except OSError:
             raise
         except Exception as error:  # NumPy reads a header as Python, and raises anything

@@ -74,6 +74,7 @@ def broken_runs(folder):
         spoil(f"no-{key}", lambda c: {name: c[name] for name in c if name != key})
     for key in ("optimizer", "scaler"):
         spoil(f"no-{key}", lambda c: {name: c[name] for name in c if name != key})
+    spoil("args-lr", lambda c: c | {"args": {name: c["args"][name] for name in c["args"] if name != "lr"}})
     spoil("nan", lambda c: c | {"model": {name: w * torch.nan for name, w in c["model"].items()}})
     spoil("inf", lambda c: c | {"model": c["model"] | {weight: c["model"][weight] + torch.inf}})
     spoil("no-weight", lambda c: c | {"model": {name: w for name, w in c["model"].items() if name != weight}})
@@ -210,8 +211,9 @@ train_bert --resume                             | new: no run here; expected a f
 train_bert --resume --out bert --lr 0.5         | --lr 0.5 differs from the run's
 train_bert --resume --out bert-nan              | is not finite
 train_bert --resume --out bert-half             | bert-half/checkpoint.pt: truncated, or not a checkpoint of minq
-train_bert --resume --out bert-no-optimizer     | bert-no-optimizer
-train_bert --resume --out bert-no-scaler        | bert-no-scaler
+train_bert --resume --out bert-no-optimizer     | --resume: bert-no-optimizer has weights only
+train_bert --resume --out bert-no-scaler        | --resume: bert-no-scaler has weights only
+train_bert --resume --out bert-args-lr          | --resume: bert-args-lr does not tell its lr
 train_bert --data nowhere                       | nowhere: no such file or folder; built in: stdlib
 train_bert --data dangling                      | dangling: no such file or folder
 train_bert --data LONG                          | File name too long
