@@ -18,7 +18,7 @@ import torch
 from minq import flags
 from minq.data import load_text, read_bytes, stdlib_source
 from minq.download import from_hub
-from minq.errors import UserError, one_line_errors
+from minq.errors import UserError, in_one_line, one_line_errors
 from minq.images import IMAGES, load_images
 from minq.pretrained import convert
 from minq.runs import open_run
@@ -91,10 +91,6 @@ def main(argv=None):
     print(f"{out}: {found.family}, {config.layers} layers of width {config.width}, {parameters / 1e6:.1f}M parameters, T {config.seq_len}, "
           f"metric {run.model.metric}; weights SHA-256 {found.sha256}" + (f", revision {revision}" if revision else ""))
     print(f"next: python quantize.py {out} --taps")
-
-
-def in_one_line(error):
-    return " ".join(str(error).split())[:200]
 
 
 # ---- data ----

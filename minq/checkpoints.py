@@ -6,7 +6,6 @@ evaluation: loss, the family's metric, norm and kurtosis of every layer).
 import json
 import math
 import os
-import textwrap
 import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import fields
@@ -20,7 +19,7 @@ except ImportError:  # Windows
     fcntl = None
 
 from minq.attention import ATTENTIONS
-from minq.errors import UserError
+from minq.errors import UserError, in_one_line
 from minq.model import FAMILIES
 
 
@@ -218,7 +217,7 @@ def from_checkpoint(checkpoint, name):
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
             shapes = build(config)
     except MISFIT as error:
-        raise UserError(f"{name}: its settings do not fit minq's {build.__name__}: {error}") from None
+        raise UserError(f"{name}: its settings do not fit minq's {build.__name__}: {in_one_line(error)}") from None
     with warnings.catch_warnings(action="ignore"):
         load_weights(shapes, checkpoint, name)  # whether they fit, before any memory is taken
     return load_weights(build(config), checkpoint, name)
@@ -256,8 +255,7 @@ def load_weights(model, checkpoint, name):
     try:
         model.load_state_dict(checkpoint["model"])
     except MISFIT as error:
-        raise UserError(f"{name}: its checkpoint does not fit minq's {type(model).__name__}: "
-                        + textwrap.shorten(str(error), 500, placeholder=" ...")) from None
+        raise UserError(f"{name}: its checkpoint does not fit minq's {type(model).__name__}: {in_one_line(error)}") from None
     return model
 
 

@@ -24,7 +24,7 @@ from urllib.error import HTTPError
 
 from tqdm import tqdm
 
-from minq.errors import UserError
+from minq.errors import UserError, in_one_line
 
 try:
     import fcntl
@@ -179,7 +179,7 @@ def from_hub(name, wanted, weights):
         complete = sorted(home.glob("*/complete"), key=os.path.getmtime)
         if complete:
             return complete[-1].parent, complete[-1].parent.name
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = f"{type(error).__name__}: {in_one_line(error)}"
         raise UserError(f"{name}: no such folder, and it cannot be downloaded from {hub}: {reason}; expected a folder, "
                         "or the id of a public model") from None
     chosen = [file for file in files if file in wanted]

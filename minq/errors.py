@@ -2,6 +2,7 @@
 import functools
 import re
 import sys
+import textwrap
 
 
 class UserError(ValueError):
@@ -23,7 +24,7 @@ def one_line_errors(main):
         try:
             return main(*args, **kwargs)
         except (UserError, OSError, MemoryError, RuntimeError) as error:
-            line = in_one_line(error)
+            line = explained(error)
             if line is None:
                 raise
         print(f"error: {line}", file=sys.stderr)
@@ -31,7 +32,7 @@ def one_line_errors(main):
     return guarded
 
 
-def in_one_line(error):
+def explained(error):
     """What to tell a person of an exception, or None if it is no wrong input."""
     if isinstance(error, UserError):
         return str(error)
@@ -42,3 +43,8 @@ def in_one_line(error):
         return ("there is not enough memory" + (f" to {asked[0]}" if asked else "") + "; make a batch smaller "
                 "(--batch-size, --seq-len, --image-size) or the model (--layers, --width, --ffn)")
     return None
+
+
+def in_one_line(error):
+    """The message of somebody else's exception: PyTorch's can be pages."""
+    return textwrap.shorten(str(error), 500, placeholder=" ...")

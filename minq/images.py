@@ -14,7 +14,7 @@ import torch
 
 from minq.augment import centre_crop
 from minq.download import CIFAR10, unpacked
-from minq.errors import UserError
+from minq.errors import UserError, in_one_line
 from minq.shapes import SHAPES, draw_shapes
 
 CIFAR10_RECORD = 1 + 3 * 32 * 32  # bytes: the label, then all red values, all green, all blue
@@ -126,8 +126,7 @@ def read_arrays(folder):
         except OSError:
             raise
         except Exception as error:  # NumPy reads a header as Python, and raises anything
-            reason = " ".join(str(error).split())[:200]
-            raise UserError(f"--data {folder}: {prefix}images.npy or {prefix}labels.npy is no array: {reason}") from None
+            raise UserError(f"--data {folder}: {prefix}images.npy or {prefix}labels.npy is no array: {in_one_line(error)}") from None
         return checked_part(folder, images, labels, MOST_CLASSES)
 
     train = part("")
