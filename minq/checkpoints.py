@@ -161,8 +161,9 @@ def parsed(lines, path):
     for number, line in enumerate(lines, start=1):
         try:
             entries.append(json.loads(line))
-            assert type(entries[-1]["step"]) is int
-        except (ValueError, TypeError, KeyError, AssertionError, RecursionError):
+            if type(entries[-1]["step"]) is not int:
+                raise TypeError
+        except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{path}: line {number} is no evaluation; delete that line to go on without it") from None
     return entries
 
@@ -196,9 +197,10 @@ def load_checkpoint(folder, family=None):
         checkpoint["config"] |= {"attention": "row-clipped", "alpha": row_alpha}
         checkpoint["args"]["attention"] = "row-clipped"
     for name, weight in checkpoint["model"].items():
-        if not isinstance(weight, torch.Tensor) or not weight.isfinite().all():
-            raise UserError(f"{path}: {name} is {'not finite' if isinstance(weight, torch.Tensor) else 'no tensor'}; "
-                            "this run cannot be used, train it again")
+        if not isinstance(weight, torch.Tensor) or weight.layout != torch.strided or not weight.is_floating_point():
+            raise UserError(f"{path}: {name} is no tensor of floating-point numbers; expected a checkpoint of minq")
+        if not weight.float().isfinite().all():
+            raise UserError(f"{path}: {name} is not finite; this run cannot be used, train it again")
     return checkpoint
 
 

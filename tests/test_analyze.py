@@ -2,7 +2,6 @@
 import json
 import re
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -306,28 +305,3 @@ def test_without_matplotlib_the_numbers_are_printed(runs, tmp_path, monkeypatch)
     monkeypatch.delattr(minq, "figures")
     out, _ = run("analyze.py", runs / "bert", "--batches", 1, "--out", tmp_path / "figures")
     assert "pip install -e '.[plots]'" in out and "the most idle first" in out and not (tmp_path / "figures").exists()
-
-
-@pytest.mark.parametrize("command, message", [
-    (["nothing"], "nothing: no run here"),
-    (["bert", "--layer", "3"], "--layer 3: RUNS/bert has layers 1 to 2"),
-    (["bert", "--head", "5"], "--head 5: RUNS/bert has heads 1 to 4"),
-    (["bert", "--head", "0"], "--head: 0: expected at least 1"),
-    (["bert", "--gates"], "--gates: RUNS/bert has no gates; its attention is vanilla"),
-    (["bert", "--compare"], "--compare needs two runs, got 1"),
-    (["bert", "opt"], "give one, or several with --curves, or two with --compare"),
-    (["bert", "bert", "--curves"], "bert is named twice"),
-    (["bert", "opt", "--compare"], "runs of bert and opt; expected one family"),
-    (["bert", "gated", "--compare", "--layer", "3"], "--layer 3: these runs have layers 1 to 2"),
-    (["bert", "gated", "--compare", "--head", "1"], "--head has no meaning with --compare"),
-    (["bert", "--curves", "--layer", "1"], "--layer has no meaning with --curves"),
-    (["bert", "gated", "--curves", "--compare"], "give one of them"),
-    (["bert", "vit", "--curves"], "expected runs with the same metric"),
-    (["nothing", "--curves"], "nothing: no run here"),
-    (["bert", "--data", "/nowhere/at/all"], "--data /nowhere/at/all: no such file"),
-    (["bert", "--batches", "1", "--out", "RUNS/text.txt"], "text.txt: cannot be written")])
-def test_bad_input_gives_one_line(runs, tmp_path, monkeypatch, command, message):
-    places = {name: str(runs / name) for name in ("bert", "opt", "vit", "gated")}
-    out, err = run("analyze.py", *(places.get(word, word.replace("RUNS", str(runs))) for word in command), code=2)
-    assert message.replace("RUNS", str(runs)) in err and err.count("\n") == 1 and err.startswith("error: ")
-    assert not Path(runs, "bert", "figures").exists()

@@ -186,18 +186,6 @@ def test_two_processes_equal_one(corpus, tmp_path):
     assert last_line(tmp_path / "two")["loss"] == pytest.approx(last_line(tmp_path / "one")["loss"], rel=1e-3)
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--fake-quant", "--a-bits", "1"], "--a-bits: 1: expected at least 2 and at most 16"),
-    (["--fake-quant", "--w-bits", "17"], "--w-bits: 17: expected at least 2 and at most 16"),
-    (["--a-bits", "4"], "--a-bits 4 needs --fake-quant"),
-    (["--fake-quant-granularity", "token"], "--fake-quant-granularity token needs --fake-quant"),
-    (["--fake-quant", "--fake-quant-granularity", "channel"], "invalid choice: 'channel'"),
-])
-def test_bad_flags(corpus, tmp_path, options, message):
-    _, err = train(corpus, tmp_path / "run", *options, code=2)
-    assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
-
-
 def test_a_loss_that_stays_nan_stops_the_run_and_keeps_the_last_good_checkpoint(corpus, tmp_path, monkeypatch):
     import train_bert
     honest = F.cross_entropy

@@ -64,29 +64,6 @@ def test_mixed_precision_and_compile(corpus, tmp_path, options):
     assert bool(scaler) == ("fp16" in options)
 
 
-@pytest.mark.parametrize("options, message", [
-    (["--heads", "5"], "--heads 5 does not divide --width 32"),
-    (["--attention", "clipped", "--gamma", "0.1"], "--gamma: 0.1: expected at most 0"),
-    (["--attention", "clipped", "--zeta", "0.9"], "--zeta: 0.9: expected at least 1"),
-    (["--attention", "clipped", "--alpha", "2", "--gamma", "-0.1"], "--alpha 2 and --gamma -0.1 both set gamma"),
-    (["--gate", "mlp"], "--gate mlp needs --attention gated, not vanilla"),
-    (["--gate-init", "0.3"], "--gate-init 0.3 needs --attention gated"),
-    (["--gamma", "-0.1"], "--gamma -0.1 needs --attention clipped"),
-    (["--attention", "gated", "--gate-hidden", "8"], "--gate-hidden 8 needs --gate mlp, not linear"),
-    (["--attention", "gated", "--gate-init", "1"], "--gate-init: 1: expected above 0 and below 1"),
-    (["--attention", "linear"], "--attention: invalid choice: 'linear'"),
-    (["--steps", "many"], "--steps: invalid whole number value: 'many'"),
-    (["--seq-len", "5000"], "fewer than one sequence of --seq-len 5000"),
-    (["--data", "/nowhere/at/all"], "--data /nowhere/at/all: no such file"),
-    (["--learning-rate", "1"], "unrecognized arguments: --learning-rate"),
-    (["--resume"], "no run here"),
-    (["--device", "toaster"], "--device toaster")])
-def test_bad_flags_give_one_line_and_write_nothing(corpus, tmp_path, options, message):
-    out, err = train(corpus, tmp_path / "run", *options, code=2)
-    assert message in err and err.count("\n") == 1 and err.startswith("error: ") and not out
-    assert not (tmp_path / "run").exists()
-
-
 def test_a_run_in_the_way_is_refused_and_kept(corpus, tmp_path):
     train(corpus, tmp_path / "run")
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
@@ -99,18 +76,10 @@ def test_a_run_in_the_way_is_refused_and_kept(corpus, tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() != before
 
 
-def test_quantize_reports_bad_input_in_one_line(corpus, tmp_path):
+def test_quantize_refuses_data_that_has_changed(corpus, tmp_path):
     data = tmp_path / "data.txt"
     data.write_text(Path(corpus).read_text())
     train(data, tmp_path / "run")
-    for command, message in [
-            ([tmp_path / "nothing"], "no run here"),
-            ([tmp_path / "run", "--w-bits", "1"], "--w-bits: 1: expected at least 2 and at most 16"),
-            ([tmp_path / "run", "--bits", "4"], "--bits 4 needs --remedies"),
-            ([tmp_path / "run", "--a-bits", "17"], "--a-bits: 17: expected at least 2 and at most 16")]:
-        _, err = run("quantize.py", *command, code=2)
-        assert message in err and err.count("\n") == 1
-
     data.write_text(Path(corpus).read_text().upper())
     _, err = run("quantize.py", tmp_path / "run", code=2)
     assert "has changed since this run was trained on it" in err and err.count("\n") == 1
@@ -140,10 +109,6 @@ def test_the_default_name_tells_the_settings(corpus, tmp_path, monkeypatch):
 
 def test_gamma_per_row_is_an_attention_of_causal_models(corpus, tmp_path):
     options = [*SMALL, "--data", corpus, "--attention", "row-clipped", "--alpha", "2", "--out", tmp_path / "run"]
-    _, err = run("train_bert.py", *options, code=2)
-    assert "--attention row-clipped needs a causal model" in err and err.count("\n") == 1
-    _, err = run("train_opt.py", *options, "--gamma", "-0.1", code=2)
-    assert "--gamma -0.1 needs --attention clipped, not row-clipped" in err and err.count("\n") == 1
     run("train_opt.py", *options)
     run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, "--json", tmp_path / "table.json")
     (row,) = json.loads((tmp_path / "table.json").read_text())
@@ -158,8 +123,6 @@ def test_opt_trains_samples_and_resumes(corpus, tmp_path):
     again, _ = run("train_opt.py", "--sample", 40, "--out", tmp_path / "run")
     other, _ = run("train_opt.py", "--sample", 40, "--seed", 1, "--out", tmp_path / "run")
     assert out == again != other and 20 <= len(out) <= 41
-    _, err = run("train_bert.py", "--resume", "--out", tmp_path / "run", code=2)
-    assert "a run of opt, expected one of bert" in err
 
 
 @pytest.mark.parametrize("options", [["--precision", "bf16", "--rand-augment", "2", "--mixup", "0.8", "--cutmix", "1", "--jitter", "0.4"],
@@ -195,16 +158,6 @@ def test_three_families_in_one_table(corpus, cifar, tmp_path):
     assert [row["metric"] for row in rows] == ["perplexity", "perplexity", "accuracy"]
     assert all(row["max_inf_norm"] == row["layer_output"]["max_inf_norm"] for row in rows[1:])
     assert rows[2]["settings"]["seq_len"] == 17 and rows[2]["settings"]["patch_layernorm"] is False
-
-
-@pytest.mark.parametrize("options, message", [
-    (["--patch-size", "5"], "--patch-size 5 does not divide the images' 32 pixels"),
-    (["--steps", "3", "--epochs", "2"], "--steps 3 and --epochs 2 both set the length"),
-    (["--crop-scale", "2"], "--crop-scale: 2: expected at least 0 and at most 1"),
-    (["--data", "/nowhere/at/all"], "--data /nowhere/at/all: no such folder")])
-def test_bad_flags_of_vit(cifar, tmp_path, options, message):
-    _, err = run("train_vit.py", *SMALL_VIT, "--data", cifar, *options, "--out", tmp_path / "run", code=2)
-    assert message in err and err.count("\n") == 1 and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("family, shown", [("bert", {"--lr": "0.0015", "--gate-hidden": "4", "--attention": "vanilla", "--alpha": "1.0"}),

@@ -79,6 +79,8 @@ def broken_runs(folder):
     spoil("inf", lambda c: c | {"model": c["model"] | {weight: c["model"][weight] + torch.inf}})
     spoil("no-weight", lambda c: c | {"model": {name: w for name, w in c["model"].items() if name != weight}})
     spoil("shape", lambda c: c | {"model": c["model"] | {weight: torch.zeros(3, 3)}})
+    spoil("integers", lambda c: c | {"model": c["model"] | {weight: torch.ones(64, 16, dtype=torch.long)}})
+    spoil("sparse", lambda c: c | {"model": c["model"] | {weight: c["model"][weight].to_sparse()}})
     spoil("string-weight", lambda c: c | {"model": c["model"] | {weight: "heavy"}})
     for key, values in {"width": ("16", 0, -16, 2 ** 40, 16.0, True, [16]), "heads": (0, 3), "layers": ("1", 10 ** 9, 2),
                         "dropout": ("0.1", 7.0, float("nan")), "norm_eps": ("tiny", float("nan")), "zeta": ("1", float("inf")),
@@ -320,7 +322,9 @@ quantize bert bert-nan                          | bert-nan/checkpoint.pt: | is n
 quantize bert-inf                               | bert-inf/checkpoint.pt: layers.0.ffn_up.weight is not finite
 quantize bert-no-weight                         | Missing key(s) in state_dict: "layers.0.ffn_up.weight"
 quantize bert-shape                             | size mismatch for layers.0.ffn_up.weight
-quantize bert-string-weight                     | layers.0.ffn_up.weight is no tensor
+quantize bert-string-weight                     | layers.0.ffn_up.weight is no tensor of floating-point numbers
+quantize bert-integers                          | layers.0.ffn_up.weight is no tensor of floating-point numbers
+quantize bert-sparse                            | layers.0.ffn_up.weight is no tensor of floating-point numbers
 quantize bert-width=16                          | bert-width=16
 quantize bert-width=0                           | bert-width=0
 quantize bert-width=-16                         | bert-width=-16
