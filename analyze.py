@@ -145,7 +145,9 @@ def analyze(args, report):
                     lambda f: f.head_on_images(array(inputs[0].permute(0, 2, 3, 1)), *patches, attended, probs,
                                                f"{name}: {tap} of layer {source + 1}, attention in {which}"))
     if args.gates:
-        for i, gates in enumerate(array(kept["gate_output"][layer])):
+        pi = kept["gate_output"][layer]
+        pi = pi.reshape(*pi.shape[:3], -1).mean(dim=-1)  # (N, H, T): of a gate on every dimension their mean
+        for i, gates in enumerate(array(pi)):
             report.draw(f"gates-{i}", f"Gates of layer {layer + 1}, token by token", lambda f: f.gates_on_tokens(
                 labels[i], gates, f"{name}: gates of layer {layer + 1}, validation sample {i}"))
     report.draw("magnitudes", "Outliers stand in channels (blog, Figure 1)", lambda f: f.magnitudes(

@@ -54,9 +54,8 @@ def main(argv=None):
     if args.bits and not args.remedies:
         raise UserError(f"--bits {' '.join(map(str, args.bits))} needs --remedies; else see --w-bits and --a-bits")
     device = pick_device(args.device)
-    width, pair = (args.w_bits, args.a_bits), (args.w_estimator, args.a_estimator)
-    widths = [(bits, bits) for bits in (8, 7, 6, 5, 4)] if args.sweep else [width]
-    pairs = list(product(W_ESTIMATORS, A_ESTIMATORS)) if args.best else [pair]
+    widths = [(bits, bits) for bits in (8, 7, 6, 5, 4)] if args.sweep else [(args.w_bits, args.a_bits)]
+    pairs = [*product(W_ESTIMATORS, A_ESTIMATORS)] if args.best else [(args.w_estimator, args.a_estimator)]
 
     # ---- every run, and all that could be wrong with it ----
     runs = [open_run(name, device, args.data) for name in args.runs]
@@ -70,8 +69,7 @@ def main(argv=None):
             quantized = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
             rows.append(json_row(run, fp, quantized, outliers))
             if args.taps:
-                settings = (*widths[0], *pairs[0], args.w_granularity)
-                build = lambda: quantize_model(copy.deepcopy(run.model), *settings)
+                build = lambda: quantize_model(copy.deepcopy(run.model), *widths[0], *pairs[0], args.w_granularity)
                 rows[-1]["taps"] = by_kind(run, build, args.batches, args.eval_batches)
             if args.remedies:
                 rows[-1]["remedies"] = compare(run, args.bits or (8, 6, 4), args.seeds, args.batches, args.eval_batches)

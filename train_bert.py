@@ -13,7 +13,7 @@ from minq.data import IGNORE, MaskedText, load_text
 from minq.errors import one_line_errors
 from minq.model import Bert, BertConfig
 from minq.runs import Run
-from minq.training import (autocast, linear_schedule, parameter_groups, pick_device, pick_precision,
+from minq.training import (OPTIMIZERS, autocast, linear_schedule, parameter_groups, pick_device, pick_precision,
                            set_lr, start_processes, to_device)
 
 # ---- recipes ----
@@ -23,7 +23,7 @@ DEFAULTS = dict(
     layers=12, width=768, heads=12, seq_len=128, init_std=0.02, positions="normal",
     data="stdlib", mask_prob=0.15,
     steps=1_000_000, batch_size=256, accumulate=1, lr=1e-4, warmup=10_000, weight_decay=0.01,
-    decay_layernorm=False, clip=1.0, dropout=0.1, seed=0,
+    decay_layernorm=False, clip=1.0, dropout=0.1, seed=0, optimizer="adamw",
     precision="fp16", eval_every=10_000, eval_batches=64, save_every=10_000)
 
 PRESETS = {
@@ -60,7 +60,7 @@ def main(argv=None):
 
     # ---- optimizer ----
     groups = parameter_groups(model, args.weight_decay, args.decay_layernorm)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    optimizer = OPTIMIZERS[args.optimizer](model, groups, lr=args.lr, betas=(0.9, 0.999))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     # ---- loop: the run counts, resumes, evaluates, logs, saves and reports (minq/runs.py) ----

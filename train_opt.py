@@ -14,7 +14,7 @@ from minq.data import CausalText, load_text
 from minq.errors import one_line_errors
 from minq.model import Opt, OptConfig
 from minq.runs import Run, open_run
-from minq.training import (autocast, linear_schedule, parameter_groups, pick_device, pick_precision,
+from minq.training import (OPTIMIZERS, autocast, linear_schedule, parameter_groups, pick_device, pick_precision,
                            set_lr, start_processes, to_device)
 
 # ---- recipes ----
@@ -24,7 +24,7 @@ DEFAULTS = dict(
     layers=12, width=768, heads=12, seq_len=512, init_std=0.006,
     data="stdlib",
     steps=125_000, batch_size=48, accumulate=4, lr=4e-4, warmup=2000, weight_decay=0.1,
-    decay_layernorm=False, clip=1.0, dropout=0.1, seed=0,
+    decay_layernorm=False, clip=1.0, dropout=0.1, seed=0, optimizer="adamw",
     precision="fp16", eval_every=5000, eval_batches=64, save_every=5000)
 
 PRESETS = {
@@ -60,7 +60,7 @@ def main(argv=None):
 
     # ---- optimizer ----
     groups = parameter_groups(model, args.weight_decay, args.decay_layernorm)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+    optimizer = OPTIMIZERS[args.optimizer](model, groups, lr=args.lr, betas=(0.9, 0.95))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     # ---- loop: the run counts, resumes, evaluates, logs, saves and reports (minq/runs.py) ----

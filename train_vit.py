@@ -15,7 +15,7 @@ from minq.errors import UserError, one_line_errors
 from minq.images import IMAGES, Images, load_images
 from minq.model import ViT, ViTConfig
 from minq.runs import Run
-from minq.training import (autocast, cosine_schedule, parameter_groups, pick_device, pick_precision,
+from minq.training import (OPTIMIZERS, autocast, cosine_schedule, parameter_groups, pick_device, pick_precision,
                            set_lr, start_processes, step_seed, to_device)
 
 # ---- recipes ----
@@ -26,7 +26,7 @@ DEFAULTS = dict(
     data="shapes", crop_scale=0.08, flip=0.5, rand_augment=2, rand_magnitude=9.0, jitter=0.4, mixup=0.8, cutmix=1.0,
     label_smoothing=0.1,
     epochs=300, batch_size=512, accumulate=1, lr=1e-3, weight_decay=0.03,
-    decay_layernorm=False, dropout=0.0, seed=0,
+    decay_layernorm=False, dropout=0.0, seed=0, optimizer="adamw",
     eval_every=2500, eval_batches=100, save_every=2500)
 
 PRESETS = {
@@ -76,7 +76,7 @@ def main(argv=None):
 
     # ---- optimizer ----
     groups = parameter_groups(model, args.weight_decay, args.decay_layernorm)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+    optimizer = OPTIMIZERS[args.optimizer](model, groups, lr=args.lr, betas=(0.9, 0.999))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
     # ---- loop: the run counts, resumes, evaluates, logs, saves and reports (minq/runs.py) ----

@@ -25,11 +25,14 @@ DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper'
 
 @contextmanager
 def record(model, taps):
-    """Keep what passed the named taps last: `kept[tap][layer]`. "gate_output" is pi (B, H, T), None without a gate."""
+    """Keep what passed the named taps last: `kept[tap][layer]`. "gate_output" is pi (B, H, T) or, of a gate on every
+    dimension, (B, H, T, d_head); None without a gate. A key that is no token (cures.ExtraKey) is left out."""
     kept = {tap: [None] * len(model.layers) for tap in taps}
 
     def keep(tap, layer, x):
-        kept[tap][layer] = x
+        if tap in ("scores", "probs"):
+            x = x[..., :x.shape[-2]]
+        kept[tap][layer] = x[:, :, :model.config.seq_len] if tap == "values" else x
 
     with listening(model, taps, keep):
         yield kept
@@ -64,7 +67,7 @@ def head_measures(probs, scores, values, context, gate=None, causal=False):
     score_range  a query's largest minus its smallest softmax input, unmasked ones only; mean over queries
     update       the mean norm of what the head hands on, probabilities times values times gate, divided
                  by the mean norm of its values. 0 is a head that does nothing, by whatever means.
-    gate         the mean of pi over tokens, only where there is a gate
+    gate         the mean of pi over tokens (and dimensions, if each has its own), only where there is a gate
     """
     heads, T = probs.shape[1:3]
     allowed = torch.ones(T, T, dtype=torch.bool, device=probs.device)
@@ -82,7 +85,7 @@ def head_measures(probs, scores, values, context, gate=None, causal=False):
                 "sink_value": lengths.gather(-1, sink[..., None])[..., 0] / mean_length,
                 "zeros": (possible == 0).float().mean(dim=-1), "ones": (possible == 1).float().mean(dim=-1),
                 "score_range": (highest - lowest).mean(dim=-1)}
-    return measures | ({} if gate is None else {"gate": gate.mean(dim=-1)}), sink
+    return measures | ({} if gate is None else {"gate": gate.flatten(2).mean(dim=-1)}), sink
 
 
 # ---- one pass over the validation data ----
@@ -129,7 +132,7 @@ def survey(model, batches, device, tap, vocab_size=None):
                 for head in range(H):
                     sinks[layer, head] += bincount(ids.gather(1, sink[:, head, None]), n)
                 if gate is not None:
-                    bins = (gate * GATE_BINS).long().clamp(max=GATE_BINS - 1)  # (B, H, T)
+                    bins = (gate * GATE_BINS).long().clamp(max=GATE_BINS - 1)  # as pi
                     gate_counts[layer] += np.stack([bincount(bins[:, head], GATE_BINS) for head in range(H)])
 
     def over_samples(layers):

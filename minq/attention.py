@@ -134,8 +134,9 @@ GATES = {
 }
 
 # A config in, (softmax, gate or None) out. To add a variant of your own, write its softmax (any
-# function or module from scores to probabilities) or its gate, and name it here.
-ATTENTIONS = {
+# function or module from scores to probabilities) or its gate, and name it here. A third thing may
+# follow, a module that changes (queries, keys, values) before their taps; cures.py has such ones.
+ATTENTIONS: dict = {
     "vanilla": lambda c: (nn.Softmax(dim=-1), None),  # clipped with gamma = 0, zeta = 1
     "clipped": lambda c: (ClippedSoftmax(c.gamma, c.zeta), None),
     "row-clipped": lambda c: (RowClippedSoftmax(c.alpha, c.zeta), None),
@@ -163,12 +164,9 @@ class SelfAttention(nn.Module):
         self.heads, self.d_head = config.heads, config.width // config.heads
         self.causal = config.causal
         self.qkv = QKV(config.width, 3 * config.width)
-        self.softmax, self.gate = ATTENTIONS[config.attention](config)
+        self.softmax, self.gate, self.prepare = (*ATTENTIONS[config.attention](config), nn.Identity())[:3]
         self.dropout = nn.Dropout(config.dropout)
         self.proj = nn.Linear(config.width, config.width)
-
-        future = torch.ones(config.seq_len, config.seq_len, dtype=torch.bool).triu(1)
-        self.register_buffer("future", future if config.causal else None, persistent=False)
 
         self.queries_tap, self.keys_tap, self.values_tap = Tap(), Tap(), Tap()
         self.scores_tap, self.probs_tap = Tap(), Tap()
@@ -178,29 +176,31 @@ class SelfAttention(nn.Module):
         """x (B, T, width) -> (B, T, width)"""
         B, T, width = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.heads, self.d_head).permute(2, 0, 3, 1, 4)
+        q, k, v = self.prepare((q, k, v))
         q, k, v = self.queries_tap(q), self.keys_tap(k), self.values_tap(v)  # (B, H, T, d_head)
 
-        if self.can_fuse(q):
+        if self.can_fuse(q) and k.shape == q.shape:
             dropout_p = self.dropout.p if self.training else 0.0
             context = F.scaled_dot_product_attention(q, k, v, None, dropout_p, self.causal)
         else:
             scores = self.scores_tap(q * self.d_head ** -0.5 @ k.mT)  # (B, H, T, T)
             if self.causal:
-                scores = scores.masked_fill(self.future[:T, :T], -torch.inf)
+                future = scores.new_ones(T, T, dtype=torch.bool).triu(1)
+                scores = scores.masked_fill(F.pad(future, (0, k.shape[2] - T)), -torch.inf)
             probs = self.probs_tap(self.softmax(scores))
             context = self.dropout(probs) @ v  # (B, H, T, d_head)
 
         if self.gate is not None:
-            context = context * self.gate(x).unsqueeze(-1)  # eq. 5
+            pi = self.gate(v if getattr(self.gate, "of_values", False) else x)
+            context = context * pi.view(B, self.heads, T, -1)  # eq. 5
         context = self.context_tap(context.transpose(1, 2).reshape(B, T, width))
         return self.attention_output_tap(self.proj(context))
 
     def can_fuse(self, q):
         """PyTorch's fused kernel never forms scores and probabilities, so it serves a plain softmax while
         nothing quantizes or watches what lies inside it. On CPUs it is the slower one in low precision."""
-        for name, tap in self.named_children():
-            inside = name.endswith("_tap") and name not in OUTSIDE
-            if inside and (type(tap) is not Tap or tap._forward_hooks):
-                return False
+        inside = [tap for name, tap in self.named_children() if name.endswith("_tap") and name not in OUTSIDE]
+        unseen = all(type(tap) is Tap and not tap._forward_hooks for tap in inside)
+        plain = type(self.softmax) is nn.Softmax and self.softmax.dim == -1
         fast = q.device.type != "cpu" or q.dtype == torch.float32
-        return type(self.softmax) is nn.Softmax and self.softmax.dim == -1 and fast
+        return unseen and plain and fast

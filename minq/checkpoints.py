@@ -18,7 +18,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-from minq.attention import ATTENTIONS
+from minq.cures import ATTENTIONS  # with those since the paper: a run of any opens
 from minq.errors import UserError, in_one_line
 from minq.model import FAMILIES
 

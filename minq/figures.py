@@ -209,8 +209,8 @@ def heads(sink_rate, sink_value, score_range, even, title):
     does nothing. (L, H) each; `even` is the sink rate of even attention."""
     figure, axes = sheet(title, 1, 1, 7, 4.6)
     ax = axes[0, 0]
-    points = ax.scatter(sink_rate, sink_value, c=score_range, cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(score_range)),
-                        s=45, edgecolor="black", linewidth=0.5)
+    points = ax.scatter(sink_rate, sink_value, c=np.ravel(score_range), cmap=AMOUNT, vmin=0,  # (1, 4) would be a colour
+                        vmax=above_zero(np.max(score_range)), s=45, edgecolor="black", linewidth=0.5)
     for at in np.ndindex(np.shape(sink_rate)):
         ax.annotate(f"{at[0] + 1}.{at[1] + 1}", (sink_rate[at], sink_value[at]), (4, 4), textcoords="offset points",
                     fontsize=7)

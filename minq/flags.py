@@ -4,13 +4,15 @@ import math
 import os
 from pathlib import Path
 
-from minq.attention import ATTENTIONS, GATES
+from minq.attention import GATES
 from minq.checkpoints import load_checkpoint
+from minq.cures import ATTENTIONS
 from minq.data import TEXTS
 from minq.errors import UserError
 from minq.fake_quant import GRANULARITIES
 from minq.images import IMAGES
-from minq.model import ACTIVATIONS, Config
+from minq.model import ACTIVATIONS, NORMS, Config
+from minq.optimizers import OPTIMIZERS
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,6 +107,7 @@ def add_size_flags(parser):
     group.add_argument("--heads", type=positive, help="attention heads per layer; divides --width")
     group.add_argument("--ffn", type=positive, help="hidden units of the feed-forward network; by default 4 x width")
     group.add_argument("--activation", choices=ACTIVATIONS, help="of the feed-forward network; by default the family's")
+    group.add_argument("--norm", choices=NORMS, default=Config.norm, help="of every norm; rmsnorm is x / rms(x), without a gain")
     group.add_argument("--init-std", type=number(float, above=0), help="standard deviation of initial weights")
 
 
@@ -129,9 +132,10 @@ def add_training_flags(parser):
     group.add_argument("--steps", type=positive, help="optimizer steps")
     group.add_argument("--batch-size", type=positive, help="sequences per micro-batch, over all processes")
     group.add_argument("--accumulate", type=positive, help="micro-batches per step")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, help="muon: for the blocks' matrices; AdamW keeps the rest")
     group.add_argument("--lr", type=number(float, above=0), help="peak learning rate")
     group.add_argument("--warmup", type=number(int, low=0), help="steps of linear warm-up")
-    group.add_argument("--weight-decay", type=number(float, low=0), help="AdamW's weight decay")
+    group.add_argument("--weight-decay", type=number(float, low=0), help="the optimizer's weight decay")
     group.add_argument("--decay-layernorm", action="store_true", default=None, help="decay LayerNorm's gamma too (Table 5)")
     group.add_argument("--clip", type=number(float, above=0), help="largest gradient norm")
     group.add_argument("--dropout", type=number(float, low=0, below=1), help="dropout probability")
@@ -278,8 +282,8 @@ def run_name(family, args, typed):
 
 def resumed(checkpoint, typed, out):
     """The arguments of an interrupted run. What was typed must agree with them, or not matter to them."""
-    saved = checkpoint["args"]
-    settled = checkpoint["config"] | {name: value for name, value in saved.items() if value is not None}
+    saved = {"optimizer": "adamw"} | checkpoint["args"]  # the only one until November 2026
+    settled = {"norm": Config.norm} | checkpoint["config"] | {name: value for name, value in saved.items() if value is not None}
     for name, value in typed.items():
         if name not in NOT_OF_THE_RUN and value != settled.get(name):
             raise UserError(f"--{name.replace('_', '-')} {value} differs from the run's {settled.get(name)}: "

@@ -34,6 +34,7 @@ class Config:
     pre_norm: bool = False     # LayerNorm before attention and FFN instead of after the residual sum
     causal: bool = False
     activation: str = "gelu"   # a key of ACTIVATIONS
+    norm: str = "layernorm"    # a key of NORMS
     norm_eps: float = 1e-12
     init_std: float = 0.02
 
@@ -93,6 +94,7 @@ class ViTConfig(Config):
 # ---- the block ----
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+NORMS: dict = {"layernorm": lambda c: nn.LayerNorm(c.width, eps=c.norm_eps)}
 
 
 class Block(nn.Module):
@@ -106,11 +108,11 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = config.pre_norm
         self.attention = SelfAttention(config)
-        self.norm1 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm1 = NORMS[config.norm](config)
         self.ffn_up = nn.Linear(config.width, config.ffn)
         self.activation = ACTIVATIONS[config.activation]()
         self.ffn_down = nn.Linear(config.ffn, config.width)
-        self.norm2 = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm2 = NORMS[config.norm](config)
         self.dropout = nn.Dropout(config.dropout)
 
         self.norm1_tap, self.residual1_tap = Tap(), Tap()
@@ -154,7 +156,7 @@ class Bert(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.seq_len, config.width)
         self.embedding_sum_tap = Tap()
-        self.embedding_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.embedding_norm = NORMS[config.norm](config)
         self.embedding_norm_tap = Tap()
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
@@ -190,7 +192,7 @@ class MaskedHead(nn.Module):
         super().__init__()
         self.transform = nn.Linear(config.width, config.width)
         self.activation = ACTIVATIONS[config.activation]()
-        self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.norm = NORMS[config.norm](config)
         self.decoder = nn.Linear(config.width, config.vocab_size)
         self.decoder.weight = token_table
 
@@ -217,7 +219,7 @@ class Opt(nn.Module):
         self.position_embedding = nn.Embedding(config.seq_len, config.width)
         self.embedding_sum_tap = Tap()
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.final_norm = NORMS[config.norm](config)
         self.final_norm_tap = Tap()
         self.decoder = nn.Linear(config.width, config.vocab_size, bias=False)
         self.decoder.weight = self.token_embedding.weight
@@ -250,14 +252,14 @@ class ViT(nn.Module):
         self.patch_size = config.patch_size
         self.patch_embedding = nn.Linear(3 * config.patch_size ** 2, config.width)
         self.patch_embedding_tap = Tap()
-        self.patch_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if config.patch_layernorm else None
+        self.patch_norm = NORMS[config.norm](config) if config.patch_layernorm else None
         self.patch_norm_tap = Tap() if config.patch_layernorm else None
         self.cls_embedding = nn.Embedding(1, config.width)
         self.position_embedding = nn.Embedding(config.seq_len, config.width)
         self.embedding_sum_tap = Tap()
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.final_norm = NORMS[config.norm](config)
         self.final_norm_tap = Tap()
         self.head = nn.Linear(config.width, config.classes)
         initialize(self, config.init_std, truncated=True)

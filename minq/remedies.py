@@ -131,8 +131,8 @@ def smooth(model, inputs, alpha=0.5):
     into gamma and beta of the LayerNorm before, s into the columns of W. The floating-point output is the same, nothing
     stays in floating point, and a chip need not know. It reaches what a LayerNorm hands to a Linear, and nothing else: a
     residual sum has no weight behind it that could take s, and that is where outliers stand. Post-LN: None, its LayerNorms
-    feed the residual sum as well."""
-    if not model.config.pre_norm:
+    feed the residual sum as well. Norms without a gain: None, they have nothing that could take 1 / s."""
+    if not model.config.pre_norm or model.layers[0].norm1.weight is None:
         return None
     largest = {}
 
@@ -150,8 +150,9 @@ def smooth(model, inputs, alpha=0.5):
             for p in norm.parameters():
                 p /= s
             linear.weight *= s
-            if tap == "norm1" and block.attention.gate is not None:  # it sees the norm's output, too
-                block.attention.gate = nn.Sequential(Times(s), block.attention.gate)
+            gate = block.attention.gate
+            if tap == "norm1" and gate is not None and not getattr(gate, "of_values", False):  # it sees the norm's output, too
+                block.attention.gate = nn.Sequential(Times(s), gate)
     return model
 
 

@@ -33,7 +33,7 @@ def with_std(result, digits=4):
 # ---- the table of quantize.py ----
 
 # settings in --json, beside those of the attention
-SHOWN = ("decay_layernorm", "patch_layernorm", "fake_quant", "seq_len", "steps", "data", "data_sha256")
+SHOWN = ("norm", "optimizer", "decay_layernorm", "patch_layernorm", "fake_quant", "seq_len", "steps", "data", "data_sha256")
 METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑", "sqnr": "SQNR dB ↑"}
 
 

@@ -42,14 +42,21 @@ def set_lr(optimizer, lr):
 
 def parameter_groups(model, weight_decay, decay_layernorm=False):
     """AdamW groups: weight decay on matrices only; with `decay_layernorm` also on norms' gamma (B.3), the
-    weights that are vectors. Biases never decay."""
-    decayed, undecayed = [], []
+    weights that are vectors. Biases never decay. Raises UserError where no norm has a gamma to decay."""
+    decayed, undecayed, gammas = [], [], 0
     for name, p in model.named_parameters():
         last = name.rpartition(".")[2]
         is_gamma = p.dim() == 1 and last == "weight"
         is_matrix = p.dim() > 1 and "bias" not in last
+        gammas += is_gamma
         (decayed if is_matrix or is_gamma and decay_layernorm else undecayed).append(p)
+    if decay_layernorm and not gammas:
+        raise UserError("--decay-layernorm would change nothing: no norm of this model has a gamma (--norm rmsnorm)")
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+
+
+# name -> (model, parameter groups, lr, betas) to optimizer; optimizers.py has another
+OPTIMIZERS = {"adamw": lambda model, groups, **settings: torch.optim.AdamW(groups, fused=True, **settings)}
 
 
 # ---- device and precision ----
