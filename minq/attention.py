@@ -136,7 +136,7 @@ GATES = {
 # A config in, (softmax, gate or None) out. To add a variant of your own, write its softmax (any
 # function or module from scores to probabilities) or its gate, and name it here. A third thing may
 # follow, a module that changes (queries, keys, values) before their taps; cures.py has such ones.
-ATTENTIONS: dict = {
+ATTENTIONS = {
     "vanilla": lambda c: (nn.Softmax(dim=-1), None),  # clipped with gamma = 0, zeta = 1
     "clipped": lambda c: (ClippedSoftmax(c.gamma, c.zeta), None),
     "row-clipped": lambda c: (RowClippedSoftmax(c.alpha, c.zeta), None),

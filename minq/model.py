@@ -94,7 +94,7 @@ class ViTConfig(Config):
 # ---- the block ----
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
-NORMS: dict = {"layernorm": lambda c: nn.LayerNorm(c.width, eps=c.norm_eps)}
+NORMS = {"layernorm": lambda c: nn.LayerNorm(c.width, eps=c.norm_eps)}
 
 
 class Block(nn.Module):
