@@ -25,8 +25,10 @@ from minq.data import CausalText, MaskedText, load_text
 from minq.errors import UserError, one_line_errors
 from minq.fake_quant import fake_quantize_training
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
+from minq.optimizers import OPTIMIZERS
 from minq.outliers import watch
 from minq.quant import calibrating, quantize_model
+from minq.runs import open_run
 from minq.training import autocast, parameter_groups, pick_device, pick_precision, to_device
 
 BERT_BASE = dict(layers=12, width=768, heads=12, ffn=3072, seq_len=128)
@@ -81,9 +83,9 @@ def report(title, seconds, reference):
         print(f"  {name:42s} {1e3 * statistics.median(values):9.1f} ms   {statistics.median(ratios):5.2f}x  ({spread})")
 
 
-def training_step(model, loss, args):
-    """A whole step as a function: forward, backward, clipping, fused AdamW."""
-    optimizer = torch.optim.AdamW(parameter_groups(model, 0.01), lr=1e-4, fused=True)
+def training_step(model, loss, args, optimizer="adamw"):
+    """A whole step as a function: forward, backward, clipping, fused AdamW (or another optimizer)."""
+    optimizer = OPTIMIZERS[optimizer](model, parameter_groups(model, 0.01), lr=1e-4, betas=(0.9, 0.999))
 
     def step():
         with autocast(args.device, args.precision):
@@ -198,15 +200,32 @@ METHODS = {"vanilla": {}, "clipped softmax": dict(attention="clipped", gamma=-0.
 def method_seconds(family, dropout, args):
     """Seconds of each round of a training step, by attention; "vanilla" is without the fused kernel, as in the paper."""
     build = TASKS[family](args)[0]
-
-    def explicit(model, loss):
-        for layer in model.layers:  # a watched tap keeps the fused kernel away
-            layer.attention.probs_tap.register_forward_hook(lambda *_: None)
-        return model, loss
-
     models = {name: explicit(*build(dropout=dropout, **settings)) for name, settings in METHODS.items()}
     models["vanilla, as chosen"] = build(dropout=dropout)  # attention.SelfAttention.can_fuse decides
     return in_turns({name: training_step(*pair, args) for name, pair in models.items()}, args.rounds, args.device)
+
+
+def explicit(model, loss):
+    for layer in model.layers:  # a watched tap keeps the fused kernel away
+        layer.attention.probs_tap.register_forward_hook(lambda *_: None)
+    return model, loss
+
+
+def run_seconds(folders, rounds, device):
+    """Seconds of each round of a training step of finished runs, {name: folder}, as each was trained but one batch again
+    and again, and without the fused kernel; with one thread."""
+    threads, steps = torch.get_num_threads(), {}
+    for name, folder in folders.items():
+        run = open_run(folder, device)
+        saved = argparse.Namespace(**{"optimizer": "adamw"} | run.checkpoint["args"])
+        inputs, targets = to_device(run.data.to_model(*run.data.train_batch(0, 0, saved.batch_size)), device)
+        loss = lambda model=run.model.train(), x=inputs, y=targets: F.cross_entropy(model(*x).float().flatten(0, -2), y.flatten())
+        steps[name] = training_step(*explicit(run.model, loss), argparse.Namespace(device=device, precision=saved.precision), saved.optimizer)
+    torch.set_num_threads(1)
+    try:
+        return in_turns(steps, rounds, device)
+    finally:
+        torch.set_num_threads(threads)
 
 
 def attention(args):

@@ -28,6 +28,7 @@ import bench
 from minq import flags
 from minq.checkpoints import load_checkpoint, read_log, write_atomically
 from minq.errors import UserError, one_line_errors
+from minq.comparison import better_rates
 from minq.experiments import EXPERIMENTS, RECIPES
 from minq.tables import draw, markdown, mean_and_std, over_seeds, with_tables
 from minq.training import pick_device, pick_precision
@@ -35,6 +36,7 @@ from minq.weights import read_json
 
 ROOT = Path(__file__).parent
 TIMING = "python bench.py attention --dropout 0"  # what an experiment of run times runs
+ROUNDS = 40  # of training steps, where they are timed beside their results
 
 
 @one_line_errors
@@ -68,9 +70,15 @@ def main(argv=None):
             for line in [TIMING] if experiment.columns == "runtime" else [f"{job.text()}  # {job.row.label}" for job in jobs]:
                 print(line)
         else:
-            rows = time_rows(experiment, args) if experiment.columns == "runtime" else run_rows(jobs, args)
-            table = {"title": experiment.title, "columns": experiment.columns, "steps": args.steps,
-                     "rows": rows, "versions": versions(), "machine": machine()}
+            if experiment.columns == "runtime":
+                rows, failed = time_rows(experiment, args), []
+            else:
+                failed = run_all(jobs, args.jobs, experiment.may_fail)
+                rows = run_rows([job for job in jobs if job.row not in failed])
+            if experiment.columns == "cures":
+                rows = time_steps(better_rates(rows), jobs)
+            table = {"title": experiment.title, "columns": experiment.columns, "steps": args.steps, "rows": rows,
+                     "failed": [f"{row.label} on {row.family}" for row in failed], "versions": versions(), "machine": machine()}
             path = results_of(name, args)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(path, lambda new: new.write_text(json.dumps(table, indent=1) + "\n"))
@@ -148,11 +156,12 @@ def start(command, quiet):
         raise UserError(f"{shlex.join(command)}: exit code {done.returncode}: {last}")
 
 
-def run_all(jobs, workers):
-    """Run all jobs, `workers` at a time, skipping what is done. What fails is named after the others have ended."""
+def run_all(jobs, workers, may_fail):
+    """Run all jobs, `workers` at a time, skipping what is done. Returns the rows of which a run has failed, which is
+    an error unless they may: it is raised after the others have ended."""
     unique = list({job.folder: job for job in jobs}.values())
     progress = tqdm(total=len(unique), unit="run", disable=workers == 1)
-    failures = []
+    failures = {}  # folder -> why
 
     def run(job):
         if workers == 1:
@@ -160,7 +169,7 @@ def run_all(jobs, workers):
         try:
             job.run(quiet=workers > 1)
         except UserError as error:
-            failures.append(error)
+            failures[job.folder] = error
         progress.set_postfix_str(job.folder.name)
         progress.update()
 
@@ -171,15 +180,18 @@ def run_all(jobs, workers):
             pool.shutdown(cancel_futures=True)
             raise UserError("interrupted; the same command goes on from here") from None
     progress.close()
+    summary = f"{len(failures)} of {len(unique)} runs failed: {next(iter(failures.values()), None)}"
+    if failures and (not may_fail or len(failures) == len(unique)):
+        raise UserError(summary)
     if failures:
-        raise UserError(f"{len(failures)} of {len(unique)} runs failed: {failures[0]}")
+        print(summary, file=sys.stderr)
+    return list(dict.fromkeys(job.row for job in jobs if job.folder in failures))
 
 
 # ---- results ----
 
-def run_rows(jobs, args):
-    """Run what is missing. A row of results for each row of the experiment: means and sample deviations over its seeds."""
-    run_all(jobs, args.jobs)
+def run_rows(jobs):
+    """A row of results for each row of the experiment: means and sample deviations over its seeds."""
     rows = []
     for row in dict.fromkeys(job.row for job in jobs):
         of_row = [job for job in jobs if job.row == row]
@@ -200,6 +212,7 @@ def run_rows(jobs, args):
                                            for tap, value in tables[0].items()
                                            if isinstance(value, dict) and "avg_kurtosis" in value},
             "training_seconds": mean_and_std([load_checkpoint(job.folder)["seconds"] for job in of_row]),
+            "parameters": sum(weight.numel() for weight in load_checkpoint(of_row[0].folder)["model"].values()),
             "seeds": [job.seed for job in of_row], "commands": [job.text() for job in of_row],
             "weights_sha256": [weights_sha256(job.folder) for job in of_row]})
     return rows
@@ -220,6 +233,18 @@ def time_rows(experiment, args):
              "seconds": mean_and_std(seconds[row.family][row.label]),
              "ratio": mean_and_std([a / b for a, b in zip(seconds[row.family][row.label], seconds[row.family]["vanilla"])]),
              "precision": settings.precision, "commands": [TIMING]} for row in experiment.rows]
+
+
+def time_steps(rows, jobs):
+    """The rows with the time of a training step, of each round in units of vanilla's, families apart (bench.py)."""
+    folders = {(job.row.family, job.row.line or job.row.label): job.folder for job in jobs if job.finished()}
+    for family in dict.fromkeys(row["family"] for row in rows):
+        names = [row["label"] for row in rows if row["family"] == family]
+        seconds = bench.run_seconds({name: folders[family, name] for name in names}, ROUNDS, pick_device(None))
+        for row in rows:
+            if row["family"] == family:
+                row["step_time"] = [a / b for a, b in zip(seconds[row["label"]], seconds["vanilla"])]
+    return rows
 
 
 def weights_sha256(folder):
@@ -256,7 +281,8 @@ def verify(name, args):
         raise UserError(f"{path}: holds no rows of results; run: python reproduce.py {name}") from None
     if not known:
         raise UserError(f"{path}: an older version wrote it, without a hash of the weights; run: python reproduce.py {name}")
-    job, expected = Job(name, EXPERIMENTS[name].rows[0], 0, args), row["weights_sha256"][0]
+    of_row = [each for each in EXPERIMENTS[name].rows if (each.line, each.x) == (row["line"], row["x"])]  # of two rates one
+    job, expected = Job(name, of_row[0], 0, args), row["weights_sha256"][0]
     with tempfile.TemporaryDirectory() as folder:
         out = str(Path(folder) / "run")
         start([*job.training[:-1], out], quiet=False)

@@ -45,6 +45,7 @@ class Experiment:
     xlabel: str = ""            # of the figure, if it has one
     quantize: str = ""          # flags of quantize.py, beside QUANTIZE's
     then: str = ""              # what reproduce.py says below the table
+    may_fail: bool = False      # a run that fails is named below the table, instead of there being none
     recipes: dict = field(default_factory=dict)  # {scale: {family: flags}} instead of RECIPES'
 
     def settings(self, row, scale):

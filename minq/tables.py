@@ -177,7 +177,8 @@ def markdown(table):
     unit = "rounds" if table["columns"] == "runtime" else "steps"
     shortened = f" **Shortened to {table['steps']} {unit}.**" if table["steps"] else ""
     return (f"{table['title']}.{shortened} {repetitions(table['rows'])}; "
-            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + in_markdown(rows) + "\n")
+            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + in_markdown(rows) + "\n"
+            + (f"\nFailed: {'; '.join(table['failed'])}.\n" if table.get("failed") else ""))
 
 
 def repetitions(rows):
@@ -187,7 +188,8 @@ def repetitions(rows):
         return f"{first['precision']}, {len(first['seconds']['all'])} rounds in turns"
     seeds = len(first["seeds"])
     calibrations = len(next(iter(first["quantized"].values()))["all"][0])
-    minutes = [seconds / 60 for row in rows for seconds in row["training_seconds"]["all"]]
+    trained = [*rows, *(row["other_rate"] for row in rows if row.get("other_rate"))]
+    minutes = [seconds / 60 for row in trained for seconds in row["training_seconds"]["all"]]
     spread = "± over seeds, in brackets over calibrations" if seeds > 1 else "in brackets the deviation over calibrations"
     return (f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations ({spread}); {len(minutes)} "
             f"trainings of {min(minutes):.1f} to {max(minutes):.1f} minutes")

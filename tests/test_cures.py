@@ -323,6 +323,22 @@ def test_the_mean_of_an_elementwise_gate_is_over_tokens_and_dimensions():
     torch.testing.assert_close(torch.from_numpy(found["heads"]["gate"][0]), seen[0].mean(dim=(0, 2, 3)))
 
 
+def test_a_key_that_is_no_token_is_not_measured():
+    """Neither as a sink nor as a value: with a learned value of any size, the tokens' own lengths are compared."""
+    found = []
+    for size in (0.0, 1000.0):
+        model = small("kv-bias").eval()
+        for layer in model.layers:
+            nn.init.constant_(layer.attention.prepare.k_bias, -20.0)  # nobody looks there
+            nn.init.constant_(layer.attention.prepare.v_bias, size)
+            with torch.no_grad():
+                layer.attention.qkv.weight[:32] = 0.0
+                layer.attention.qkv.bias[:32] = 1.0
+        found.append(survey(model, [((TOKENS,), TOKENS)], torch.device("cpu"), "layer_output", 260)["heads"])
+    for measure in ("sink_value", "sink_rate", "update"):
+        torch.testing.assert_close(torch.from_numpy(found[0][measure]), torch.from_numpy(found[1][measure]))
+
+
 def test_smoothing_does_not_touch_a_gate_that_sees_values_and_needs_norms_with_gains():
     for name in ("value-gate", "headwise-gate"):
         model = small(name).eval()
@@ -399,6 +415,16 @@ def test_a_cured_run_is_resumed_to_the_same_weights(corpus, tmp_path, monkeypatc
     run("train_bert.py", "--resume", "--norm", "rmsnorm", "--out", tmp_path / "killed")
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
     assert saved(tmp_path / "whole")["config"]["norm"] == "rmsnorm"
+
+
+def test_a_run_of_before_there_were_norms_and_optimizers_goes_on(corpus, tmp_path, monkeypatch):
+    with stopped_at(3, monkeypatch):
+        run("train_bert.py", *data("bert", corpus), "--save-every", "3", "--out", tmp_path / "run")
+    older = saved(tmp_path / "run")
+    del older["config"]["norm"], older["args"]["norm"], older["args"]["optimizer"]
+    torch.save(older, tmp_path / "run" / "checkpoint.pt")
+    run("train_bert.py", "--resume", "--norm", "layernorm", "--optimizer", "adamw", "--out", tmp_path / "run")
+    assert saved(tmp_path / "run")["step"] == 6
 
 
 def test_rmsnorm_has_no_gain_and_is_its_formula():
