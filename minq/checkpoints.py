@@ -196,6 +196,7 @@ def load_checkpoint(folder, family=None):
     if row_alpha is not None:
         checkpoint["config"] |= {"attention": "row-clipped", "alpha": row_alpha}
         checkpoint["args"]["attention"] = "row-clipped"
+    checkpoint["args"] = {"optimizer": "adamw"} | checkpoint["args"]  # the only one until then
     for name, weight in checkpoint["model"].items():
         if not isinstance(weight, torch.Tensor) or weight.layout != torch.strided or not weight.is_floating_point():
             raise UserError(f"{path}: {name} is no tensor of floating-point numbers; expected a checkpoint of minq")

@@ -282,7 +282,7 @@ def run_name(family, args, typed):
 
 def resumed(checkpoint, typed, out):
     """The arguments of an interrupted run. What was typed must agree with them, or not matter to them."""
-    saved = {"optimizer": "adamw"} | checkpoint["args"]  # the only one until November 2026
+    saved = checkpoint["args"]
     settled = {"norm": Config.norm} | checkpoint["config"] | {name: value for name, value in saved.items() if value is not None}
     for name, value in typed.items():
         if name not in NOT_OF_THE_RUN and value != settled.get(name):
