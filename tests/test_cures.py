@@ -373,6 +373,7 @@ def test_it_trains_quantizes_and_is_shown(name, family, corpus, cifar, tmp_path)
     assert settings["optimizer"] == ("muon" if name == "muon" else "adamw")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, family", [("kv-bias", "bert"), ("elementwise-gate", "vit")])
 def test_it_is_analyzed_and_remedied(name, family, corpus, cifar, tmp_path):
     folder = tmp_path / "run"

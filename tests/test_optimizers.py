@@ -150,6 +150,7 @@ def test_a_script_with_another_optimizer_is_refused(corpus, tmp_path, monkeypatc
     assert "the script's AdamW is not the run's optimizer; they differ in" in err and err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(corpus, tmp_path):
     train(corpus, tmp_path / "one", "--layers", 1)
     torchrun = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_bert.py", *SMALL, "--data", corpus,
