@@ -5,14 +5,14 @@
     python bench.py data augment watch quant      what costs little
 
 Each ratio is the median over rounds in which the two take turns; machines drift, ratios less so.
-The groups bert, opt and vit compare with Hugging Face, fakequant with torchao: pip install -e '.[peers]'.
+The groups bert, opt and vit compare with Hugging Face, fakequant and integer with torchao: pip install -e '.[peers]'.
 """
 import argparse
 import copy
+import functools
 import multiprocessing
 import re
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -24,11 +24,14 @@ from minq.augment import Draws, augment
 from minq.data import CausalText, MaskedText, load_text
 from minq.errors import UserError, one_line_errors
 from minq.fake_quant import fake_quantize_training
+from minq.integer import to_integer
+from minq.integer_training import IntegerLinear
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
 from minq.optimizers import OPTIMIZERS
 from minq.outliers import watch
 from minq.quant import calibrating, quantize_model
 from minq.runs import open_run
+from minq.timing import in_turns, report
 from minq.training import autocast, parameter_groups, pick_device, pick_precision, to_device
 
 BERT_BASE = dict(layers=12, width=768, heads=12, ffn=3072, seq_len=128)
@@ -58,30 +61,7 @@ def main(argv=None):
         GROUPS[group](args)
 
 
-# ---- timing ----
-
-def in_turns(functions, rounds, device):
-    """name -> seconds of each round; the functions take turns, after one untimed call each."""
-    seconds = {name: [] for name in functions}
-    for i in range(rounds + 1):
-        for name, function in functions.items():
-            started = time.perf_counter()
-            function()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if i > 0:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def report(title, seconds, reference):
-    """Print each alternative's median time, and its ratio to the reference, round by round."""
-    print(f"\n{title}")
-    for name, values in seconds.items():
-        ratios = [value / base for value, base in zip(values, seconds[reference])]
-        spread = f"{min(ratios):.2f}-{max(ratios):.2f}"
-        print(f"  {name:42s} {1e3 * statistics.median(values):9.1f} ms   {statistics.median(ratios):5.2f}x  ({spread})")
-
+# ---- a training step ----
 
 def training_step(model, loss, args, optimizer="adamw"):
     """A whole step as a function: forward, backward, clipping, fused AdamW (or another optimizer)."""
@@ -305,7 +285,20 @@ def torchao(model):
     return model
 
 
-FAKE_QUANTIZED = {"floating point": lambda model: model, "minq": fake_quantize_training, "torchao's QAT": torchao}
+def torchao_int8(model, **backward):
+    """torchao's int8 training of the same Linears: both operands symmetric, a scale for each row; W8A8 in the backward
+    products, too, unless `backward` says otherwise."""
+    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
+    from torchao.quantization import quantize_
+    quantize_(model, Int8MixedPrecisionTrainingConfig(**backward),
+              lambda module, name: isinstance(module, torch.nn.Linear) and name != model.final_linear)
+    return model
+
+
+FAKE_QUANTIZED = {"floating point": lambda model: model, "minq": fake_quantize_training, "torchao's QAT": torchao,
+                  "minq, --integer": lambda model: fake_quantize_training(model, linear=IntegerLinear),
+                  "torchao's int8 forward": lambda model: torchao_int8(model, grad_input=False, grad_weight=False),
+                  "torchao's int8 forward and backward": torchao_int8}
 
 
 # ---- groups: what ought to cost little ----
@@ -371,8 +364,29 @@ def quant(args):
         report(f"quantized passes, {title}", seconds, "floating point")
 
 
+@torch.no_grad()
+def integers(args):
+    """A pass of an encoder, eager and compiled: int8 (W8A8, min-max) against floating point and torchao's int8."""
+    for title, shape in (("laptop preset, batch 16", LAPTOP), ("BERT-base, batch 16, T 128", BERT_BASE)):
+        tokens = torch.randint(256, (16, shape["seq_len"]), device=args.device)
+        model = Bert(BertConfig(**shape, masked_head=False)).to(args.device).eval()
+        quantized = quantize_model(copy.deepcopy(model), a_estimator="minmax")
+        with calibrating(quantized):
+            quantized(tokens)
+        models = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16(), "int8 (minq)": to_integer(quantized)}
+        try:
+            from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+            models["int8 Linears (torchao)"] = copy.deepcopy(model)
+            quantize_(models["int8 Linears (torchao)"], Int8DynamicActivationInt8WeightConfig())
+        except ImportError:
+            print("torchao: not installed")
+        for how, prepare in (("eager", lambda model: model), ("compiled", torch.compile)):
+            passes = {name: functools.partial(prepare(each), tokens) for name, each in models.items()}
+            report(f"inference, {title}, {how}", in_turns(passes, args.rounds, args.device), "fp32")
+
+
 GROUPS = {"bert": bert, "opt": opt, "vit": vit, "attention": attention, "precision": precisions, "fakequant": fake_quant,
-          "data": data, "augment": augmentation, "watch": outliers, "quant": quant}
+          "data": data, "augment": augmentation, "watch": outliers, "quant": quant, "integer": integers}
 
 if __name__ == "__main__":
     main()

@@ -28,6 +28,7 @@ taken out in front; what is left to add up are integers. So the Linears could ru
 queries keys^T, whose scales belong to tokens on either side. But probs values sums over the tokens that
 the values belong to: each term has another scale, and none can be taken out. Per token, that product is
 a simulation which no integer kernel can follow; with `--fake-quant-granularity tensor` it could.
+`--integer` (integer_training.py) runs the Linears so.
 """
 import torch
 import torch.nn as nn
@@ -102,15 +103,17 @@ class FakeQuantLinear(nn.Module):
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token"):
+def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token", linear=FakeQuantLinear):
     """Quantize the operands of all matrix products of `model` in place, ready to be trained, and return it.
+
+    linear: what stands in for an nn.Linear; integer_training.py has another.
 
     Parameters stay the same objects under the same names: its state_dict fits the float model.
     """
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, nn.Linear) and name != model.final_linear:
-            setattr(model.get_submodule(parent), child, FakeQuantLinear(module, w_bits, a_bits, granularity))
+            setattr(model.get_submodule(parent), child, linear(module, w_bits, a_bits, granularity))
         if isinstance(module, SelfAttention):
             for tap in ("queries_tap", "keys_tap", "values_tap", "probs_tap"):
                 setattr(module, tap, DynamicQuantizer(a_bits, granularity))

@@ -19,7 +19,8 @@ from minq.checkpoints import (append_line, check_settings, claim, forget_after, 
                               save_checkpoint)
 from minq.data import open_data, require_unchanged, stamps
 from minq.errors import UserError
-from minq.fake_quant import fake_quantization_off, fake_quantize_training
+from minq.fake_quant import FakeQuantLinear, fake_quantization_off, fake_quantize_training
+from minq.integer_training import IntegerLinear
 from minq.growth import growth
 from minq.model import FAMILIES
 from minq.outliers import watch
@@ -53,7 +54,8 @@ class Run:
             raise UserError(f"--batch-size {args.batch_size} does not divide among {self.world} processes")
 
         if args.fake_quant:
-            fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity)
+            linear = IntegerLinear if getattr(args, "integer", None) else FakeQuantLinear  # older runs know no --integer
+            fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity, linear)
         self.trained = torch.compile(model) if args.compile else model
         if self.world > 1:
             self.trained = DistributedDataParallel(self.trained)
