@@ -4,9 +4,9 @@
     python quantize.py runs/bert-*-s0 --sweep              8 down to 4 bits
     python quantize.py runs/bert-vanilla-s0 --best         every pair of range estimators, the best kept
     python quantize.py runs/bert-vanilla-s0 --taps         which tensor does the damage
+    python quantize.py runs/bert-vanilla-s0 --integer      the same on int8, and its speed
 """
 import copy
-import json
 import math
 from itertools import product
 from pathlib import Path
@@ -15,15 +15,15 @@ from torch.nn.utils import parametrize
 from tqdm import tqdm
 
 from minq import flags
-from minq.checkpoints import write_atomically
 from minq.damage import by_kind, scores
-from minq.errors import UserError, one_line_errors
+from minq.errors import one_line_errors
+from minq.export import execute, export_row
 from minq.growth import growth
 from minq.outliers import watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, quantize_model
 from minq.remedies import compare
 from minq.runs import open_run
-from minq.tables import EXTRA_TABLES, json_row, mean_and_std, runs_table, with_std
+from minq.tables import EXTRA_TABLES, json_row, mean_and_std, runs_table, with_std, write_rows
 from minq.training import pick_device
 
 
@@ -32,7 +32,7 @@ def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
     add = parser.add_argument
-    add("runs", nargs="+", action=flags.Distinct, metavar="RUN", help="a run's folder")
+    add("runs", nargs="+", action=flags.Distinct, metavar="RUN", help="a run's folder, or what --export wrote")
     add("--w-bits", type=flags.bits, default=8, help="bits of weights, 2 to 16")
     add("--a-bits", type=flags.bits, default=8, help="bits of activations, 2 to 16")
     add("--sweep", action="store_true", help="both at 8, 7, 6, 5 and 4 bits")
@@ -49,19 +49,21 @@ def main(argv=None):
     add("--taps", action="store_true", help="also quantize one kind of tensor at a time")
     add("--remedies", action="store_true", help="also every remedy of minq/remedies.py, at --bits")
     add("--bits", type=flags.bits, nargs="+", action=flags.Distinct, help="widths for --remedies; by default 8 6 4")
+    add("--integer", action="store_true", help="also run on real integers (minq/integer.py)")
+    add("--export", type=flags.new_file, metavar="FILE", help="write the integer model there, a RUN like others")
     add("--json", type=flags.new_file, metavar="FILE", help="write the table there, too")
     args = parser.parse_args(argv)
-    if args.bits and not args.remedies:
-        raise UserError(f"--bits {' '.join(map(str, args.bits))} needs --remedies; else see --w-bits and --a-bits")
+    flags.settle_quantization(args)
     device = pick_device(args.device)
     widths = [(bits, bits) for bits in (8, 7, 6, 5, 4)] if args.sweep else [(args.w_bits, args.a_bits)]
     pairs = [*product(W_ESTIMATORS, A_ESTIMATORS)] if args.best else [(args.w_estimator, args.a_estimator)]
 
     # ---- every run, and all that could be wrong with it ----
-    runs = [open_run(name, device, args.data) for name in args.runs]
+    files = [name for name in args.runs if Path(name).is_file()]
+    runs = [open_run(name, device, args.data) for name in args.runs if name not in files]
 
     # ---- floating point and quantized ----
-    rows = []
+    rows = [export_row(name, device, args) for name in files]
     with tqdm(total=len(runs) * len(widths) * len(pairs) * args.seeds, unit="model") as progress:
         for run in runs:
             with watch(run.model, {run.model.norm_tap, *run.model.kurtosis_taps}, growth) as outliers:
@@ -69,8 +71,10 @@ def main(argv=None):
             quantized = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
             rows.append(json_row(run, fp, quantized, outliers))
             if args.taps:
-                build = lambda: quantize_model(copy.deepcopy(run.model), *widths[0], *pairs[0], args.w_granularity)
-                rows[-1]["taps"] = by_kind(run, build, args.batches, args.eval_batches)
+                rebuild = lambda: build(run, *widths[0], pairs[0], args)
+                rows[-1]["taps"] = by_kind(run, rebuild, args.batches, args.eval_batches)
+            if args.integer:
+                rows[-1]["integer"] = execute(run, *next(iter(quantized.items())), args)
             if args.remedies:
                 rows[-1]["remedies"] = compare(run, args.bits or (8, 6, 4), args.seeds, args.batches, args.eval_batches)
 
@@ -80,8 +84,12 @@ def main(argv=None):
         for extra in [name for name in EXTRA_TABLES if name in each]:
             print(f"\n{EXTRA_TABLES[extra](each)}")
     if args.json:
-        text = json.dumps(rows, indent=1) + "\n"
-        write_atomically(Path(args.json), lambda path: path.write_text(text))
+        write_rows(rows, args.json)
+
+
+def build(run, w_bits, a_bits, pair, args):
+    """A quantized copy of the run's model, to be calibrated."""
+    return quantize_model(copy.deepcopy(run.model), w_bits, a_bits, *pair, args.w_granularity)
 
 
 def best_of(run, w_bits, a_bits, pairs, args, progress):
@@ -90,7 +98,7 @@ def best_of(run, w_bits, a_bits, pairs, args, progress):
     for pair in pairs:
         found = []
         for seed in range(args.seeds):
-            model = quantize_model(copy.deepcopy(run.model), w_bits, a_bits, *pair, args.w_granularity)
+            model = build(run, w_bits, a_bits, pair, args)
             run.calibrate(model, seed, args.batches)
             with parametrize.cached():
                 found.append(scores(run, model, args.sqnr, args.eval_batches))
@@ -101,8 +109,7 @@ def best_of(run, w_bits, a_bits, pairs, args, progress):
     sign = 1 if metric == "perplexity" else -1  # of "smaller is better"; NaN is the worst
     best = min(tried.values(), key=lambda x: math.inf if math.isnan(x["mean"]) else sign * x["mean"])
     for name, result in tried.items() if args.best else ():
-        mark = " <- best" if result is best else ""
-        progress.write(f"{run.name} W{w_bits}A{a_bits}, {name}: {with_std(result)}{mark}")
+        progress.write(f"{run.name} W{w_bits}A{a_bits}, {name}: {with_std(result)}{' <- best' * (result is best)}")
     return best
 
 

@@ -207,6 +207,16 @@ def load_checkpoint(folder, family=None):
 
 def from_checkpoint(checkpoint, name):
     """Rebuild the model of a run's checkpoint. Raises UserError, naming the run, where it does not fit this code."""
+    build, config = architecture(checkpoint, name)
+    with torch.device("meta"), warnings.catch_warnings(action="ignore"):
+        shapes = build(config)
+    with warnings.catch_warnings(action="ignore"):
+        load_weights(shapes, checkpoint, name)  # whether they fit, before any memory is taken
+    return load_weights(build(config), checkpoint, name)
+
+
+def architecture(checkpoint, name):
+    """(class, config) of a checkpoint's model. Raises UserError, naming the run, if this code cannot build it."""
     family, attention = checkpoint["family"], checkpoint["config"].get("attention")
     for what, found, known in (("family", family, FAMILIES), ("attention", attention, ATTENTIONS)):
         if found not in list(known):  # it may be nothing that a dictionary can hold
@@ -218,12 +228,10 @@ def from_checkpoint(checkpoint, name):
         if config.layers > len(checkpoint["model"]):
             raise ValueError(f"{config.layers} layers, but {len(checkpoint['model'])} weights")
         with torch.device("meta"), warnings.catch_warnings(action="ignore"):
-            shapes = build(config)
+            build(config)
     except MISFIT as error:
         raise UserError(f"{name}: its settings do not fit minq's {build.__name__}: {in_one_line(error)}") from None
-    with warnings.catch_warnings(action="ignore"):
-        load_weights(shapes, checkpoint, name)  # whether they fit, before any memory is taken
-    return load_weights(build(config), checkpoint, name)
+    return build, config
 
 
 def check_types(config):
@@ -251,6 +259,11 @@ def check_settings(checkpoint, name):
         value, least = args[key], 0 if key == "seed" else 1
         if not isinstance(value, SETTINGS[key]) or value == "" or type(value) is int and value < least:
             raise UserError(f"{name}: its args have {key} {value!r}; expected what a training script writes")
+=======
+        return build(build.config_class(**checkpoint["config"]))
+    except (TypeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{name}: its settings do not fit minq's {build.__name__}: {error}") from None
+>>>>>>> a29ed64 (quantize.py --integer and --export: metric, size and speed on integers, and the model as a file; --fake-quant --integer)
 
 
 def load_weights(model, checkpoint, name):

@@ -147,6 +147,7 @@ def add_fake_quant_flags(parser):
     group.add_argument("--fake-quant", action="store_true", default=None, help="quantize the operands of every matrix product")
     group.add_argument("--w-bits", type=bits, help="bits of weights, 2 to 16; by default 8")
     group.add_argument("--a-bits", type=bits, help="bits of activations, 2 to 16; by default 8")
+    group.add_argument("--integer", action="store_true", default=None, help="multiply the Linears' operands in int8 (minq/integer_training.py)")
     group.add_argument("--fake-quant-granularity", choices=GRANULARITIES, help="activations that share a scale: a token's, or the tensor's; by default a token's")
 
 
@@ -267,6 +268,21 @@ def settle_fake_quant(args, typed):
             raise UserError(f"--{name.replace('_', '-')} {typed[name]} needs --fake-quant; "
                             "to quantize a run after training, see quantize.py")
         setattr(args, name, typed.get(name, default) if args.fake_quant else None)
+    if args.integer and not args.fake_quant:
+        raise UserError("--integer needs --fake-quant; to run a trained model on integers, see quantize.py")
+    if args.integer and max(args.w_bits, args.a_bits) > 8:
+        raise UserError(f"--integer: int8 holds at most 8 bits, not --w-bits {args.w_bits} --a-bits {args.a_bits}")
+
+
+def settle_quantization(args):
+    """Check the flags of quantize.py that need one another; --export asks for --integer, too."""
+    args.integer, bits = args.integer or args.export is not None, 8 if args.sweep else max(args.w_bits, args.a_bits)
+    if args.bits and not args.remedies:
+        raise UserError(f"--bits {' '.join(map(str, args.bits))} needs --remedies; else see --w-bits and --a-bits")
+    if args.integer and bits > 8:
+        raise UserError(f"--integer: int8 holds at most 8 bits, not --w-bits {args.w_bits} --a-bits {args.a_bits}")
+    if args.export and (len(args.runs) > 1 or Path(args.runs[0]).is_file()):
+        raise UserError(f"--export {args.export}: expected one run's folder, not {' '.join(args.runs)}")
 
 
 def run_name(family, args, typed):

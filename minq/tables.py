@@ -1,8 +1,11 @@
 """The results of an experiment (reproduce.py) as a table in Markdown and as a figure."""
+import json
 import math
 import re
 import statistics
+from pathlib import Path
 
+from minq.checkpoints import write_atomically
 from minq.errors import UserError
 from minq.flags import attention_settings
 
@@ -49,7 +52,7 @@ def json_row(run, fp, quantized, outliers):
             "metric": model.metric, "fp": None if model.metric == "sqnr" else fp, "quantized": quantized,
             "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
             "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps),
-            **highest(outliers.mean[model.norm_tap]), **by_tap}
+            **highest(outliers.mean[model.norm_tap]), **by_tap, "integer": None}
 
 
 def highest(mean):
@@ -67,11 +70,26 @@ def runs_table(rows):
         for key, result in row["quantized"].items():
             width = f"W{key.replace('x', 'A')}"
             cells[width] = with_std(result)
-            if any("sqnr" in other["quantized"][key] for other in rows):
+            if any("sqnr" in other["quantized"].get(key, {}) for other in rows):
                 cells[f"{width}, SQNR dB"] = with_std(result.get("sqnr", result), 3)
                 cells[f"{width}, cosine"] = f"{result['cosine']['mean']:.3f}"
+        if row["integer"]:
+            cells |= integer_columns(row["integer"])
         lines.append(cells)
-    return in_markdown(lines, words=2)
+    columns = {name: "–" for cells in lines for name in cells}  # not every row has them all
+    return in_markdown([columns | cells for cells in lines], words=2)
+
+
+def integer_columns(found):
+    """What --integer measured: the metric on real integers, the file, and how much faster a pass is."""
+    return {"integers": f"{found['metric']:.4g}", "MB": f"{found['bytes'] / 1e6:.3g}",
+            "speed against fp32": f"{found['speedup_fp32']:.2f}x", "against bf16": f"{found['speedup_bf16']:.2f}x"}
+
+
+def write_rows(rows, path):
+    """--json: the table's rows as they are."""
+    text = json.dumps(rows, indent=1) + "\n"
+    write_atomically(Path(path), lambda new: new.write_text(text))
 
 
 def taps_table(row):
