@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils import parametrize
 
-from minq import flags
+from minq import flags, peers
 from minq.augment import Draws, augment
 from minq.data import CausalText, MaskedText, load_text
 from minq.errors import UserError, one_line_errors
@@ -271,34 +271,10 @@ def peak_memory(kind, args):
     return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))  # Linux
 
 
-def torchao(model):
-    """torchao's QAT fake-quantizers on the same Linears: activations per token, weights per channel. It does less:
-    queries, keys, probabilities and values stay in floating point."""
-    try:
-        from torchao.quantization import quantize_
-        from torchao.quantization.qat import IntxFakeQuantizeConfig, QATConfig
-    except ImportError:
-        raise UserError("this group compares with torchao: pip install -e '.[peers]'") from None
-    config = QATConfig(activation_config=IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
-                       weight_config=IntxFakeQuantizeConfig(torch.int8, "per_channel", is_symmetric=True), step="prepare")
-    quantize_(model, config, lambda module, name: isinstance(module, torch.nn.Linear) and name != model.final_linear)
-    return model
-
-
-def torchao_int8(model, **backward):
-    """torchao's int8 training of the same Linears: both operands symmetric, a scale for each row; W8A8 in the backward
-    products, too, unless `backward` says otherwise."""
-    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
-    from torchao.quantization import quantize_
-    quantize_(model, Int8MixedPrecisionTrainingConfig(**backward),
-              lambda module, name: isinstance(module, torch.nn.Linear) and name != model.final_linear)
-    return model
-
-
-FAKE_QUANTIZED = {"floating point": lambda model: model, "minq": fake_quantize_training, "torchao's QAT": torchao,
+FAKE_QUANTIZED = {"floating point": lambda model: model, "minq": fake_quantize_training, "torchao's QAT": peers.qat,
                   "minq, --integer": lambda model: fake_quantize_training(model, linear=IntegerLinear),
-                  "torchao's int8 forward": lambda model: torchao_int8(model, grad_input=False, grad_weight=False),
-                  "torchao's int8 forward and backward": torchao_int8}
+                  "torchao's int8 forward": lambda model: peers.int8_training(model, grad_input=False, grad_weight=False),
+                  "torchao's int8 forward and backward": peers.int8_training}
 
 
 # ---- groups: what ought to cost little ----
@@ -375,10 +351,8 @@ def integers(args):
             quantized(tokens)
         models = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16(), "int8 (minq)": to_integer(quantized)}
         try:
-            from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-            models["int8 Linears (torchao)"] = copy.deepcopy(model)
-            quantize_(models["int8 Linears (torchao)"], Int8DynamicActivationInt8WeightConfig())
-        except ImportError:
+            models["int8 Linears (torchao)"] = peers.dynamic_int8(copy.deepcopy(model))
+        except UserError:
             print("torchao: not installed")
         for how, prepare in (("eager", lambda model: model), ("compiled", torch.compile)):
             passes = {name: functools.partial(prepare(each), tokens) for name, each in models.items()}

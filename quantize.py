@@ -71,8 +71,8 @@ def main(argv=None):
             quantized = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
             rows.append(json_row(run, fp, quantized, outliers))
             if args.taps:
-                rebuild = lambda: build(run, *widths[0], pairs[0], args)
-                rows[-1]["taps"] = by_kind(run, rebuild, args.batches, args.eval_batches)
+                build = lambda: quantize_model(copy.deepcopy(run.model), *widths[0], *pairs[0], args.w_granularity)
+                rows[-1]["taps"] = by_kind(run, build, args.batches, args.eval_batches)
             if args.integer:
                 rows[-1]["integer"] = execute(run, *next(iter(quantized.items())), args)
             if args.remedies:
@@ -87,18 +87,13 @@ def main(argv=None):
         write_rows(rows, args.json)
 
 
-def build(run, w_bits, a_bits, pair, args):
-    """A quantized copy of the run's model, to be calibrated."""
-    return quantize_model(copy.deepcopy(run.model), w_bits, a_bits, *pair, args.w_granularity)
-
-
 def best_of(run, w_bits, a_bits, pairs, args, progress):
     """Of all pairs of range estimators the best: the metric's mean, deviation and values over calibrations."""
     metric, tried = run.model.metric, {}
     for pair in pairs:
         found = []
         for seed in range(args.seeds):
-            model = build(run, w_bits, a_bits, pair, args)
+            model = quantize_model(copy.deepcopy(run.model), w_bits, a_bits, *pair, args.w_granularity)
             run.calibrate(model, seed, args.batches)
             with parametrize.cached():
                 found.append(scores(run, model, args.sqnr, args.eval_batches))

@@ -259,11 +259,6 @@ def check_settings(checkpoint, name):
         value, least = args[key], 0 if key == "seed" else 1
         if not isinstance(value, SETTINGS[key]) or value == "" or type(value) is int and value < least:
             raise UserError(f"{name}: its args have {key} {value!r}; expected what a training script writes")
-=======
-        return build(build.config_class(**checkpoint["config"]))
-    except (TypeError, KeyError, RuntimeError) as error:
-        raise UserError(f"{name}: its settings do not fit minq's {build.__name__}: {error}") from None
->>>>>>> a29ed64 (quantize.py --integer and --export: metric, size and speed on integers, and the model as a file; --fake-quant --integer)
 
 
 def load_weights(model, checkpoint, name):
