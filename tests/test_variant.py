@@ -11,24 +11,25 @@ from minq import attention
 from running import ROOT, SMALL, SMALL_VIT, run, saved, start
 
 
-class SoftmaxPlusOne(nn.Module):
-    """exp(x_i) / (1 + sum_j exp(x_j)): a row may sum to less than one."""
+class TopFour(nn.Module):
+    """A softmax over the four largest scores of a row: all other probabilities are exactly 0."""
 
     def forward(self, scores):
-        top = scores.amax(dim=-1, keepdim=True).clamp(min=0)
-        e = (scores - top).exp()
-        return e / ((-top).exp() + e.sum(dim=-1, keepdim=True))
+        fourth = scores.topk(min(4, scores.shape[-1]), dim=-1).values[..., -1:]
+        return scores.masked_fill(scores < fourth, -torch.inf).softmax(dim=-1)
 
 
 @pytest.fixture(autouse=True)
-def plus_one(monkeypatch):
-    monkeypatch.setitem(attention.ATTENTIONS, "plus-one", lambda config: (SoftmaxPlusOne(), None))
+def top_four(monkeypatch):
+    monkeypatch.setitem(attention.ATTENTIONS, "top-four", lambda config: (TopFour(), None))
 
 
-def test_its_denominator_is_one_more():
-    x = torch.tensor([[-90.0, -95.0], [0.0, 1.0], [80.0, 85.0]])
-    expected = x.double().exp() / (1 + x.double().exp().sum(-1, keepdim=True))
-    torch.testing.assert_close(SoftmaxPlusOne()(x).double(), expected, rtol=1e-5, atol=1e-30)
+def test_it_is_a_softmax_over_four():
+    x = torch.tensor([[5.0, 1.0, 3.0, -2.0, 4.0, 2.0], [1.0, 2.0, -torch.inf, -torch.inf, -torch.inf, -torch.inf]])
+    p = TopFour()(x)
+    torch.testing.assert_close(p[0, [0, 4, 2, 5]], x[0, [0, 4, 2, 5]].softmax(-1))
+    assert p[0, 1] == p[0, 3] == 0
+    torch.testing.assert_close(p[1], x[1].softmax(-1))  # a masked row with fewer than four stays a plain softmax
 
 
 @pytest.mark.parametrize("family", ["bert", "opt", "vit"])
@@ -37,16 +38,16 @@ def test_it_trains_quantizes_and_is_measured(family, tmp_path):
     text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
     data = [] if family == "vit" else ["--data", text]
     small = SMALL_VIT if family == "vit" else SMALL
-    run(f"train_{family}.py", *small, *data, "--attention", "plus-one", "--out", tmp_path / "run")
+    run(f"train_{family}.py", *small, *data, "--attention", "top-four", "--out", tmp_path / "run")
     run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, "--json", tmp_path / "table.json")
     (row,) = json.loads((tmp_path / "table.json").read_text())
-    assert row["attention"] == "plus-one" and row["family"] == family
+    assert row["attention"] == "top-four" and row["family"] == family
     assert row["quantized"]["8x8"]["mean"] == pytest.approx(row["fp"], rel=0.2) and row["avg_kurtosis"] > 1
 
 
 def test_a_flag_that_it_does_not_read_is_refused(corpus, tmp_path):
-    _, err = run("train_bert.py", *SMALL, "--data", corpus, "--attention", "plus-one", "--gamma", "-0.03", "--out", tmp_path / "run", code=2)
-    assert "--gamma -0.03 needs --attention clipped, not plus-one" in err and not (tmp_path / "run").exists()
+    _, err = run("train_bert.py", *SMALL, "--data", corpus, "--attention", "top-four", "--gamma", "-0.03", "--out", tmp_path / "run", code=2)
+    assert "--gamma -0.03 needs --attention clipped, not top-four" in err and not (tmp_path / "run").exists()
 
 
 class SoftmaxPlus(nn.Module):
