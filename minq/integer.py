@@ -89,6 +89,11 @@ class OnGrid(Tensor):
     What lies in the tensor itself is of the right shape and type, and in eager mode nobody reads it.
     """
 
+    integers: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    row_sum: Tensor  # of a weight only, (N,)
+
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -97,8 +102,9 @@ class OnGrid(Tensor):
                 return function(*args, **kwargs)
             if function in IN_PLACE:
                 raise TypeError(f"{function.__name__}: a tap's integers cannot be changed in place")
-            if function in RULES:
-                result = RULES[function](function, *args, **kwargs)
+            rule = RULES.get(function)
+            if rule is not None:
+                result = rule(function, *args, **kwargs)
                 if result is not NotImplemented:
                     return result
             return function(*floats(args), **{key: floats(value) for key, value in kwargs.items()})
@@ -178,11 +184,16 @@ def product(function, a, b):
     return sums.float().sub_(rows).sub_(columns).mul_(a.scale * b.scale).view(*a.shape[:-1], -1)
 
 
+def getter(name):
+    """The function behind a property of tensors."""
+    return getattr(Tensor, name).__get__
+
+
 MOVES = (Tensor.view, Tensor.reshape, Tensor.flatten, torch.unflatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.transpose,
-         Tensor.permute, Tensor.mT.__get__, Tensor.__getitem__, Tensor.contiguous, Tensor.detach, F.dropout)
-RULES = {F.linear: linear, F.embedding: embedded, Tensor.matmul: product, torch.matmul: product,
+         Tensor.permute, getter("mT"), Tensor.__getitem__, Tensor.contiguous, Tensor.detach, F.dropout)
+RULES: dict = {F.linear: linear, F.embedding: embedded, Tensor.matmul: product, torch.matmul: product,
          Tensor.mul: scaled, **dict.fromkeys(MOVES, moved)}
-METADATA = {Tensor.shape.__get__, Tensor.dtype.__get__, Tensor.device.__get__, Tensor.size, Tensor.dim, Tensor.__len__}
+METADATA = {getter("shape"), getter("dtype"), getter("device"), Tensor.size, Tensor.dim, Tensor.__len__}
 IN_PLACE = {getattr(Tensor, name) for name in dir(Tensor) if name.endswith("_") and not name.endswith("__")} | {Tensor.__setitem__}
 
 
@@ -206,6 +217,8 @@ class IntegerWeight(nn.Module):
 
 class IntegerTap(nn.Module):
     """In an ActivationQuantizer's place: float -> OnGrid."""
+    scale: Tensor
+    zero_point: Tensor
 
     def __init__(self, quantizer):
         super().__init__()

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 
@@ -365,10 +366,11 @@ def test_integers_take_the_estimators_of_the_table(estimators, corpus, tmp_path)
 
 @pytest.mark.parametrize("options, message", [
     (["--integer", "--w-bits", 9], "--integer: int8 holds at most 8 bits, not --w-bits 9 --a-bits 8"),
-    (["--export", "{}/no/where"], "cannot be written: No such file"),
-    (["{}/run", "--export", "{}/x"], "expected one run's folder, not")])
+    (["--export", "{}/no/where"], "cannot be written: there is no folder"),
+    (["{}/other", "--export", "{}/x"], "expected one run's folder, not")])
 def test_what_cannot_be_exported_is_one_line(options, message, corpus, tmp_path):
     train(corpus, tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "other")
     options = [str(option).replace("{}", str(tmp_path)) for option in options]
     _, err = run("quantize.py", tmp_path / "run", *options, "--seeds", 1, "--batches", 1, code=2)
     assert message in err.splitlines()[-1] and not (tmp_path / "x").exists()
