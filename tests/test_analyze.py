@@ -77,6 +77,7 @@ def test_a_dead_head_divides_by_nothing():
     assert all(torch.isfinite(value).all() for value in found.values()) and found["zeros"].item() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "opt"])
 def test_survey_equals_a_loop_over_single_sequences(runs, family):
     checkpoint = load_checkpoint(runs / family)
@@ -198,6 +199,7 @@ def test_maps_have_one_scale():
     assert figures.png(figures.patch_maps(np.zeros((1, 2, 2)), "outliers", "nothing")).startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_a_head_on_text_and_on_images():
     labels, probs = ["[CLS]", "$", "$"], np.eye(3) / 2
     figure = figures.head_on_text(labels, probs, np.full((3, 2), -4.0), np.ones((3, 2)), "product", "a head")
@@ -249,6 +251,7 @@ def pictures(folder):
 EVERY_RUN = {"outliers-ffn_output", "outliers-layer_output", "norms", "heads", "magnitudes"}
 
 
+@pytest.mark.slow
 def test_every_family(runs, tmp_path):
     for family, more in {"bert": {"tokens", "head-0", "head-1"}, "opt": {"tokens", "head-0", "head-1"},
                          "vit": {"patches", "head"}}.items():
@@ -263,6 +266,7 @@ def test_every_family(runs, tmp_path):
         assert (family == "vit") != ("Delimiters" in out)
 
 
+@pytest.mark.slow
 def test_gates_layer_head_and_a_page_that_stands_alone(runs, tmp_path):
     data = tmp_path / "moved.txt"
     data.write_text((runs / "text.txt").read_text())
@@ -276,6 +280,7 @@ def test_gates_layer_head_and_a_page_that_stands_alone(runs, tmp_path):
     assert page.count("<tr>") == len(re.findall(r"(?m)^\| (?!---)", out)) and "softmax input range" in page
 
 
+@pytest.mark.slow
 def test_curves(runs, tmp_path):
     out, _ = run("analyze.py", runs / "bert", runs / "gated", "--curves", "--out", tmp_path)
     last = json.loads((runs / "gated" / "metrics.jsonl").read_text().splitlines()[-1])

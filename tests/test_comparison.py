@@ -103,6 +103,7 @@ def tiny(corpus, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_experiment_runs_times_its_steps_and_prints(tiny):
     out, _ = run("reproduce.py", "cures", "--jobs", 1)
     table = json.loads((tiny / "results" / "cures.json").read_text())
@@ -118,6 +119,7 @@ def test_the_experiment_runs_times_its_steps_and_prints(tiny):
     assert "vanilla: retrained, and all weights are the same" in out
 
 
+@pytest.mark.slow
 def test_a_row_whose_run_fails_is_named_and_the_others_are_shown(tiny, monkeypatch):
     experiment = EXPERIMENTS["cures"]
     rows = experiment.rows[:3] + (Row("too wide", "opt", "--heads 5", line="too wide", x="1"),)

@@ -114,6 +114,7 @@ def test_only_switches_the_others_off_and_back_on(runs):
     assert all(quantizer.active and not getattr(quantizer, "estimating", False) for quantizer in quantizers(model).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_the_scripts_show_it(runs, name, tmp_path):
     out, _ = run("quantize.py", runs / name, "--seeds", 1, "--batches", 1, "--sqnr", "--taps", "--json", tmp_path / "table.json")

@@ -110,6 +110,7 @@ def test_causal_labels_are_the_next_tokens(text):
     assert all(row.astype(np.uint8).tobytes() in train for row in labels)
 
 
+@pytest.mark.slow
 def test_backcopy_follows_bigrams_and_copies_after_triggers():
     chains = bigram_backcopy(chains=2000, length=50).reshape(2000, 50)
     after_trigger = chains[:, 1:-1] < 3
@@ -171,6 +172,7 @@ def test_a_text_shorter_than_a_sequence_is_refused(tmp_path):
         MaskedText(load_text(path), 2)
 
 
+@pytest.mark.slow
 def test_a_runs_data_is_told_by_its_arguments_not_by_a_familys_name(corpus):
     args = {"data": corpus, "vocab_size": None, "special_ids": None, "seq_len": 16}
     assert type(open_data(args)) is CausalText

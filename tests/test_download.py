@@ -62,6 +62,7 @@ def test_a_server_that_cannot_go_on_in_the_middle(server, tmp_path):
     assert get(server, tmp_path) == CONTENT
 
 
+@pytest.mark.slow
 def test_a_server_that_stalls(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download, "TIMEOUT", 0.3)
     monkeypatch.setattr(download, "TRIES", 2)

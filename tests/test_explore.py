@@ -205,6 +205,7 @@ def wide_samples():
     yield 8, torch.zeros(3)
 
 
+@pytest.mark.slow
 def test_the_grid_is_minqs_bit_for_bit(ask):
     samples = list(wide_samples())
     answers = ask("""return given.map(([bits, x]) => {
@@ -239,6 +240,7 @@ const read = ids => ids.map(id => byId(id).textContent);
 """
 
 
+@pytest.mark.slow
 def test_panel_1_shows_minqs_numbers(ask):
     """Slider, buttons, and the diamond itself."""
     shown = ask(OPERATE + """
@@ -272,6 +274,7 @@ def exact(p, low, high, margin=1e-6):
     return ((p - low).abs() > margin) & ((p - high).abs() > margin)
 
 
+@pytest.mark.slow
 def test_clipped_softmax_is_minqs(ask):
     torch.manual_seed(0)
     rows = 4 * torch.randn(60, 9)
@@ -288,6 +291,7 @@ def test_clipped_softmax_is_minqs(ask):
     assert zeros > 1000 and ones > 100
 
 
+@pytest.mark.slow
 def test_panel_2_shows_minqs_numbers(ask):
     shown = ask(OPERATE + """
     const seen = [];
@@ -327,6 +331,7 @@ CASES = [(gap, tokens, pi_hat) for gap in (0.0, 1.0, 2.5, 3.2, 3.4, 7.0, 14.0) f
          for pi_hat in (-10.0, -7.0, -2.0, 0.0, 4.0)]
 
 
+@pytest.mark.slow
 def test_a_head_says_what_minqs_head_says(ask):
     """And crosses a thousandth where the page says that it does."""
     answers = ask("""return given.map(([gap, tokens, piHat]) => {
@@ -345,6 +350,7 @@ def test_a_head_says_what_minqs_head_says(ask):
     assert needed == {(0, True), (1, True), (1, False), (2, True), (2, False)}
 
 
+@pytest.mark.slow
 def test_panel_3_shows_minqs_numbers(ask):
     shown = ask(OPERATE + """return given.map(([gap, tokens, piHat]) => {
         press("tokens", tokens); slide("gap", gap); slide("pi-hat", piHat);
@@ -360,6 +366,7 @@ def test_panel_3_shows_minqs_numbers(ask):
                 assert float(text.rstrip("%")) == pytest.approx(100 * share, rel=0.06, abs=1e-5), case
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [360, 390, 1280])
 def test_nothing_jumps_and_nothing_sticks_out(ask, width):
     """A panel is as high at every place of its sliders, and the page is as wide as the window."""
@@ -384,6 +391,7 @@ def test_nothing_jumps_and_nothing_sticks_out(ask, width):
     assert [len(seen) for seen in heights] == [1, 1, 1], heights
 
 
+@pytest.mark.slow
 def test_what_the_page_claims_is_so():
     """The numbers in the sentences, computed by minq."""
     prose = " ".join(re.sub(r"<[^>]*>", "", SOURCE).split())

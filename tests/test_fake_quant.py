@@ -146,6 +146,7 @@ def last_line(folder):
     return logged(folder)[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_trains_is_measured_and_quantizes(family, corpus, tmp_path):
     small = SMALL_VIT if family == "vit" else [*SMALL, "--data", corpus]
@@ -161,6 +162,7 @@ def test_every_family_trains_is_measured_and_quantizes(family, corpus, tmp_path)
     assert row["fp"] == pytest.approx(last["float_" + metric]) and row["settings"]["fake_quant"] is True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--precision", "bf16"], ["--precision", "fp16"],
                                      ["--precision", "fp32", "--compile", "--layers", "1"]])
 def test_mixed_precision_and_compile(corpus, tmp_path, options):
@@ -178,6 +180,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(corpus, tmp_path, monkeypa
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(corpus, tmp_path):
     train(corpus, tmp_path / "one", "--fake-quant", "--dropout", "0")
     torchrun = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_bert.py", *SMALL,
@@ -201,6 +204,7 @@ def test_a_loss_that_stays_nan_stops_the_run_and_keeps_the_last_good_checkpoint(
     assert checkpoint["step"] == 8 and all(value.isfinite().all() for value in checkpoint["model"].values())
 
 
+@pytest.mark.slow
 def test_the_scaler_recovers_from_an_overflow(corpus, tmp_path, monkeypatch):
     scales = []
     class Scaler(torch.amp.GradScaler):

@@ -158,6 +158,7 @@ def use(folder):
         run.model(*inputs)
 
 
+@pytest.mark.slow
 @fuzz
 @given(broken=damage(), how=st.sampled_from(("file", "older format", "pickle", "pickle")))
 def test_checkpoints(small_run, place, broken, how):
@@ -170,6 +171,7 @@ def test_checkpoints(small_run, place, broken, how):
 READ = ("data", "batch_size", "eval_batches", "seq_len", "vocab_size", "special_ids", "mask_prob", "seed", "image_size")
 
 
+@pytest.mark.slow
 @functools.partial(fuzz, few=200)
 @given(part=st.sampled_from(("config", "config", "args", "all")), data=st.data())
 def test_settings_in_checkpoints(small_run, place, part, data):

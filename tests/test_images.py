@@ -253,6 +253,7 @@ def linear_accuracy(train, validation, steps=100):
     return 100 * ((x_val @ weight).argmax(1) == y_val).float().mean().item()
 
 
+@pytest.mark.slow
 def test_a_linear_model_cannot_tell_shapes(shapes):
     def pixels(part, count):
         return part.images[:count].reshape(count, -1).astype(np.float32), part.labels[:count]
@@ -264,6 +265,7 @@ def test_a_linear_model_cannot_tell_shapes(shapes):
     assert linear_accuracy(train, validation) > 90
 
 
+@pytest.mark.slow
 def test_colours_do_not_tell_the_class(shapes):
     def colours(part):
         """Mean, spread and products of the channels over each image: (N, 12)."""

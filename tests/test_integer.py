@@ -84,6 +84,7 @@ for K in (1, 2, 3, 8, 65, 3072):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["", "AVX2", "AVX512_CORE"])  # oneDNN pretends to be on an older CPU, without VNNI
 def test_products_are_exact_at_the_extremes_on_every_kind_of_cpu(isa):
     if not isa:
@@ -288,6 +289,7 @@ def test_a_new_module_needs_to_be_named_nowhere(monkeypatch):
     torch.testing.assert_close(on_integers(x), simulated(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_compiled_it_computes_the_same():
     """In one graph. A ViT has all that is hard to compile: an OnGrid within a list, to be concatenated, and a gate's unflatten."""
@@ -298,6 +300,7 @@ def test_compiled_it_computes_the_same():
     torch.testing.assert_close(compiled(batch), on_integers(batch), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_published_checkpoint_on_integers(tmp_path):
     """A random BERT with Hugging Face's names, opened by pretrained.py."""
     transformers = pytest.importorskip("transformers")
@@ -355,6 +358,7 @@ def test_the_file_is_a_quarter_of_the_weights_in_fp32(tmp_path, corpus):
     assert (tmp_path / "int8").stat().st_size < 0.42 * fp32  # head and tied table, in fp32, are a tenth of so small a model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimators", [["--best"], ["--w-estimator", "mse", "--a-estimator", "p99.99", "--w-granularity", "channel"]])
 def test_integers_take_the_estimators_of_the_table(estimators, corpus, tmp_path):
     train(corpus, tmp_path / "run")
@@ -449,6 +453,7 @@ def test_its_products_are_integers_and_it_keeps_integers():
     assert all(t.numel() <= 24 for t in kept if t.dtype != torch.int8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 2e-2)])
 def test_losses_follow_the_simulation(precision, tolerance, corpus, tmp_path):
     for name, options in (("simulated", []), ("integer", ["--integer"]), ("again", ["--integer"])):

@@ -34,6 +34,7 @@ def test_what_was_logged_after_the_last_checkpoint_is_logged_again(corpus, cifar
     assert (tmp_path / "stopped" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_at_the_next_step(corpus, tmp_path, number, code):
     process = start("train_bert.py", *SMALL, "--data", corpus, "--steps", "1000000", "--save-every", "1000000",

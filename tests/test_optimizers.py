@@ -128,6 +128,7 @@ def train(corpus, out, *more, code=0):
     return run("train_bert.py", *SMALL, "--data", corpus, "--optimizer", "muon", "--out", out, *more, code=code)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_killed_and_resumed_equals_uninterrupted(precision, corpus, tmp_path, monkeypatch):
     options = ["--save-every", "3", "--precision", precision, "--attention", "gated"]

@@ -174,6 +174,7 @@ def test_every_remedy_is_near_floating_point_at_sixteen_bits(name, family):
     torch.testing.assert_close(remedied(*inputs), model(*inputs), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 def test_the_table(corpus, tmp_path):
     run("train_opt.py", *SMALL, "--data", corpus, "--out", tmp_path / "opt")
     out, _ = run("quantize.py", tmp_path / "opt", "--seeds", 2, "--batches", 1, "--remedies", "--bits", 8, 4, "--json", tmp_path / "table.json")

@@ -48,6 +48,7 @@ def tiny(corpus, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_runs_once_draws_resumes_verifies_and_writes_its_table(tiny):
     out, _ = run("reproduce.py", "blog", "--jobs", 2)
     table = json.loads((tiny / "results" / "blog.json").read_text())
@@ -78,6 +79,7 @@ def test_runs_once_draws_resumes_verifies_and_writes_its_table(tiny):
     assert "blog, Vanilla: the weights differ" in err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_failing_run_is_named(tiny, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "blog", Experiment("One", (Row("Vanilla", "bert", "--width 128 --heads 5"),)))
     _, err = run("reproduce.py", "blog", "--jobs", 2, code=2)
@@ -86,6 +88,7 @@ def test_a_failing_run_is_named(tiny, monkeypatch):
     assert "no results yet" in err
 
 
+@pytest.mark.slow
 def test_table8_times_every_attention_of_every_family(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "BERT_BASE", dict(layers=1, width=8, heads=2, ffn=8, seq_len=128))

@@ -99,6 +99,7 @@ def test_a_checkpoint_can_hold_no_code(tmp_path):
         load_checkpoint(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, perplexity", [("bert-clipped", "244.7"), ("opt-row", "255.8")])
 def test_runs_of_an_older_minq_still_open(name, perplexity, corpus, tmp_path):
     shutil.copytree(OLD / name, tmp_path / name)

@@ -31,6 +31,7 @@ def test_train_three_attentions_and_print_one_table(corpus, tmp_path):
     assert rows[2]["settings"]["gate_hidden"] == 3 and rows[0]["settings"]["gate"] is None
 
 
+@pytest.mark.slow
 def test_sweep_and_best(corpus, tmp_path):
     train(corpus, tmp_path / "run")
     out, _ = run("quantize.py", tmp_path / "run", "--sweep", "--seeds", 1, "--batches", 1, "--w-granularity", "channel")
@@ -39,6 +40,7 @@ def test_sweep_and_best(corpus, tmp_path):
     assert out.count("run W4A6") == 8 and out.count("<- best") == 1 and out.count("| W4A6 |") == 1
 
 
+@pytest.mark.slow
 def test_accumulation_and_two_processes_equal_one_batch(corpus, tmp_path):
     """The global batch is the same however it is sliced, and so are the gradients, up to rounding."""
     train(corpus, tmp_path / "one", "--dropout", "0")
@@ -55,6 +57,7 @@ def test_accumulation_and_two_processes_equal_one_batch(corpus, tmp_path):
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--precision", "bf16"], ["--precision", "fp16"], ["--precision", "fp32", "--compile", "--layers", "1"]])
 def test_mixed_precision_and_compile(corpus, tmp_path, options):
     out, _ = train(corpus, tmp_path / "run", *options)

@@ -83,6 +83,7 @@ def with_a_parameter(folder, forget=None):
         path.write_text(text.replace(place, new + place if new else place + '"offset": ("plus",), '))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("forget, message", [
     (None, None), ("model", "type object 'Config' has no attribute 'offset'"), ("flags", "unrecognized arguments: --offset 2"),
     ("read", "KeyError: 'offset'")])

@@ -280,7 +280,7 @@ train_vit --data npy-huge-labels                | npy-huge-labels: labels run fr
 train_vit --data npy-one                        | npy-one: has 0 images to train on and 1 to validate with; expected some of both
 quantize                                        | the following arguments are required: RUN
 quantize nothing                                | nothing: no run here; expected a folder with checkpoint.pt
-quantize corpus.txt                             | corpus.txt: no run here
+quantize corpus.txt                             | corpus.txt: not a model that --export wrote
 quantize LONG                                   | File name too long
 quantize bert bert                              | bert is named twice; expected each once
 quantize bert opt ./bert/                       | ./bert/ is named twice; expected each once
@@ -439,6 +439,7 @@ def test_wrong_input(world, monkeypatch, command, messages):
     assert contents(world) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train_bert --lr inf", "quantize bert-nan", "bench --rounds 0"])
 def test_as_a_process(world, command):
     script, *typed = shlex.split(command)

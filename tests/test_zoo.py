@@ -21,6 +21,7 @@ def test_the_page_names_each_run_with_its_hash():
     assert {*re.findall(r"for name in (.*?);", PAGE)[0].split()} == set(RUNS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_it_is_small_and_as_good_as_the_page_says(name):
     assert (ZOO / name / "checkpoint.pt").stat().st_size < 5e6
