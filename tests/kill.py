@@ -104,9 +104,11 @@ class Kind:
         data = corpus(self.folder) if self.script is not train_vit else cifar(self.folder)
         self.command = [*flags.split(), "--data", str(data)]
         self.log = self.folder / "log.txt"
+        training = self.start("whole", self.command)
+        self.await_checkpoint(training, "whole", None)
         began = time.monotonic()
-        assert self.start("whole", self.command).wait() == [0] * self.processes, self.log.read_text()
-        self.seconds = time.monotonic() - began
+        self.check_ended(training.wait())
+        self.seconds = time.monotonic() - began  # from the first checkpoint to the end
 
     def start(self, name, argv):
         self.log.unlink(missing_ok=True)
@@ -127,9 +129,9 @@ class Kind:
             before = stamp(self.folder / name)
             training = self.go_on(name)
             early = self.dice.random() < 0.15  # it may die before it has saved anything
-            while not early and training.running() and stamp(self.folder / name) == before:
-                time.sleep(0.001)
-            time.sleep(self.dice.uniform(0, self.seconds / 2))
+            if not early:
+                self.await_checkpoint(training, name, before)
+            time.sleep(self.dice.uniform(0, self.seconds / 3))
             if not training.running():
                 self.check_ended(training.wait(PATIENCE))
                 break
@@ -149,6 +151,11 @@ class Kind:
         if not same:
             print(f"{name}: {', '.join(lost)} differ", flush=True)
         return killed
+
+    def await_checkpoint(self, training, name, before):
+        """Wait until a training has saved for the first time."""
+        while training.running() and stamp(self.folder / name) == before:
+            time.sleep(0.001)
 
     def check_ended(self, codes):
         assert codes == [0] * self.processes, f"exit codes {codes}: {self.log.read_text()[-2000:]}"
