@@ -66,18 +66,14 @@ def saturates():
 SATURATES = saturates()
 
 
-@torch.library.custom_op("minq::int_bmm", mutates_args=())
-def int_bmm(a: Tensor, b: Tensor) -> Tensor:
-    """(n, M, K), (n, K, N) -> (n, M, N), one after another: PyTorch has no batched kernel for int8."""
-    products = a.new_empty((len(a), a.shape[1], b.shape[2]), dtype=torch.int32)
-    for product, x, y in zip(products, a, b):
-        product.copy_(int_mm(x, y))
-    return products
+def exact_floats(a, b):
+    """int8 (..., M, K), (..., K, N) -> the same integers as floats whose product a @ b is exact.
 
-
-@int_bmm.register_fake
-def _(a, b):
-    return a.new_empty((len(a), a.shape[1], b.shape[2]), dtype=torch.int32)
+    PyTorch has no batched kernel for int8, so floating point multiplies the integers. That is the same: sums of
+    up to 1024 products of two int8 stay below 2^24, where float32 holds every integer; float64 up to 2^53.
+    """
+    exact = torch.float32 if a.shape[-1] <= 1024 else torch.float64
+    return a.to(exact), b.to(exact)
 
 
 # ---- a tensor of integers ----
@@ -177,11 +173,11 @@ def product(function, a, b):
     """a (..., M, K), b (..., K, N), both activations -> float32 (..., M, N)"""
     if not (isinstance(a, OnGrid) and isinstance(b, OnGrid)) or a.shape[:-2] != b.shape[:-2]:
         return NotImplemented
-    q_a, q_b = (x.integers.reshape(-1, *x.shape[-2:]) for x in (a, b))
-    sums = int_bmm(q_a, q_b)  # (n, M, N), int32
-    rows = b.zero_point * q_a.sum(dim=-1, keepdim=True, dtype=torch.int32)
-    columns = a.zero_point * (q_b.sum(dim=-2, keepdim=True, dtype=torch.int32) - q_a.shape[-1] * b.zero_point)
-    return sums.float().sub_(rows).sub_(columns).mul_(a.scale * b.scale).view(*a.shape[:-1], -1)
+    q_a, q_b = exact_floats(a.integers, b.integers)
+    K = q_a.shape[-1]
+    rows = b.zero_point * q_a.sum(dim=-1, keepdim=True)
+    columns = a.zero_point * (q_b.sum(dim=-2, keepdim=True) - K * b.zero_point)
+    return (q_a @ q_b).sub_(rows).sub_(columns).float().mul_(a.scale * b.scale)
 
 
 def getter(name):
