@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from minq.damage import scores
+from minq.damage import floating_states, scores
 from minq.fake_quant import token_range
 from minq.outliers import listening
 from minq.quant import A_ESTIMATORS, ActivationQuantizer, affine_parameters, fake_quantize, quantize_model
@@ -202,7 +202,7 @@ def floats(model):
 def compare(run, widths=(8, 6, 4), seeds=3, batches=16, eval_batches=None):
     """[{remedy, quantized: {"8x8": {mean, std, all, sqnr: {...}}, ...}, floats}] for a run; one that does not apply has
     an empty `quantized`."""
-    rows = []
+    rows, states = [], list(floating_states(run, eval_batches))
     for name, remedy in tqdm(REMEDIES.items(), unit="remedy", leave=False):
         row = {"remedy": name, "quantized": {}, "floats": ""}
         for bits in widths:
@@ -213,8 +213,8 @@ def compare(run, widths=(8, 6, 4), seeds=3, batches=16, eval_batches=None):
                     break
                 run.calibrate(model, seed, batches)
                 with parametrize.cached():
-                    found.append(scores(run, model, eval_batches=eval_batches))
-                row["floats"] = floats(model)
+                    found.append(scores(run, model, True, eval_batches, states))
+                row["floats"] = row["floats"] or floats(model)  # of the first width and calibration
             if found:
                 by_name = {score: mean_and_std([each[score] for each in found]) for score in found[0]}
                 row["quantized"][f"{bits}x{bits}"] = by_name[run.model.metric] | by_name
