@@ -30,7 +30,7 @@ from minq.checkpoints import load_checkpoint, read_log, write_atomically
 from minq.errors import UserError, one_line_errors
 from minq.comparison import better_rates
 from minq.experiments import EXPERIMENTS, RECIPES
-from minq.tables import draw, markdown, mean_and_std, over_seeds, with_tables
+from minq.tables import draw, markdown, mean_and_std, over_seeds, remedies_over_seeds, with_tables
 from minq.training import pick_device, pick_precision
 from minq.weights import read_json
 
@@ -62,7 +62,8 @@ def main(argv=None):
 
     for name in args.names:
         experiment = EXPERIMENTS[name]
-        jobs = [Job(name, row, seed, args) for seed in range(args.seeds or experiment.seeds) for row in experiment.rows]
+        jobs = [Job(name, row, seed, args) for seed in range(args.seeds or experiment.seeds) for row in experiment.rows
+                if seed == 0 or not row.source]
         if args.verify:
             verify(name, args)
         elif args.preset == "paper":
@@ -73,6 +74,7 @@ def main(argv=None):
             if experiment.columns == "runtime":
                 rows, failed = time_rows(experiment, args), []
             else:
+                jobs = without_downloads(jobs)
                 failed = run_all(jobs, args.jobs, experiment.may_fail)
                 rows = run_rows([job for job in jobs if job.row not in failed])
             if experiment.columns == "cures":
@@ -111,10 +113,14 @@ class Job:
 
     def __init__(self, name, row, seed, args):
         experiment = EXPERIMENTS[name]
-        settings = experiment.settings(row, args.preset) + (["--steps", str(args.steps)] if args.steps else [])
         self.row, self.seed = row, seed
-        self.folder = Path(args.runs) / f"{row.family}{slug(settings)}-s{seed}"
-        self.training = [f"train_{row.family}.py", *settings, "--seed", str(seed), "--out", str(self.folder)]
+        if row.source:
+            self.folder = Path("runs", Path(row.source).name)  # pretrained.py's own choice
+            self.training = ["pretrained.py", row.source]
+        else:
+            settings = experiment.settings(row, args.preset) + (["--steps", str(args.steps)] if args.steps else [])
+            self.folder = Path(args.runs) / f"{row.family}{slug(settings)}-s{seed}"
+            self.training = [f"train_{row.family}.py", *settings, "--seed", str(seed), "--out", str(self.folder)]
         quantization = experiment.quantization(row)
         self.quantizing = ["quantize.py", str(self.folder), *quantization]
         self.quantized = self.folder / f"quantized{slug(quantization)}.json"
@@ -196,26 +202,39 @@ def run_rows(jobs):
     for row in dict.fromkeys(job.row for job in jobs):
         of_row = [job for job in jobs if job.row == row]
         tables = [json.loads(job.quantized.read_text())[0] for job in of_row]
-        ends = [read_log(job.folder)[-1] for job in of_row]
-        metric = tables[0]["metric"]
         rows.append({
-            "label": row.label, "family": row.family, "attention": tables[0]["attention"], "metric": metric,
+            "label": row.label, "family": row.family, "attention": tables[0]["attention"], "metric": tables[0]["metric"],
             "line": row.line, "x": row.x,
             "settings": tables[0]["settings"], "published": row.published,
-            "fp": mean_and_std([table["fp"] for table in tables]),
-            "as_trained": mean_and_std([end[metric] for end in ends]),
-            "loss": mean_and_std([end["loss"] for end in ends]),
-            "layer_input_norm": mean_and_std([max(end["layer_input"]["inf_norm"]) for end in ends]),
+            "fp": None if tables[0]["fp"] is None else mean_and_std([table["fp"] for table in tables]),
+            **({} if row.source else of_training(of_row, tables[0]["metric"])),
             "quantized": {key: over_seeds([table["quantized"][key]["all"] for table in tables])
                           for key in tables[0]["quantized"]},
             **measured(tables), "by_tap": {tap: measured([table[tap] for table in tables])
                                            for tap, value in tables[0].items()
                                            if isinstance(value, dict) and "avg_kurtosis" in value},
-            "training_seconds": mean_and_std([load_checkpoint(job.folder)["seconds"] for job in of_row]),
             "parameters": sum(weight.numel() for weight in load_checkpoint(of_row[0].folder)["model"].values()),
+            **({"remedies": remedies_over_seeds(tables)} if "remedies" in tables[0] else {}),
             "seeds": [job.seed for job in of_row], "commands": [job.text() for job in of_row],
             "weights_sha256": [weights_sha256(job.folder) for job in of_row]})
     return rows
+
+
+def without_downloads(jobs):
+    """The jobs but those whose published checkpoint is not there: nothing is downloaded unasked."""
+    missing = [job for job in jobs if job.row.source and not job.finished()]
+    for job in missing:
+        print(f"{job.folder} is not there, so its row is left out; make it: python {shlex.join(job.training)}", file=sys.stderr)
+    return [job for job in jobs if job not in missing]
+
+
+def of_training(jobs, metric):
+    """What the logs of a row's runs say at their end, and how long they took."""
+    ends = [read_log(job.folder)[-1] for job in jobs]
+    return {"as_trained": mean_and_std([end[metric] for end in ends]),
+            "loss": mean_and_std([end["loss"] for end in ends]),
+            "layer_input_norm": mean_and_std([max(end["layer_input"]["inf_norm"]) for end in ends]),
+            "training_seconds": mean_and_std([load_checkpoint(job.folder)["seconds"] for job in jobs])}
 
 
 def measured(tables):

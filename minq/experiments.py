@@ -31,6 +31,7 @@ class Row:
     laptop: str | None = None   # flags at the scale of a laptop, where they differ
     line: str = ""              # in a figure: the row's line,
     x: str = ""                 # and its place on the x-axis
+    source: str = ""            # a published checkpoint (pretrained.py) instead of a training run
 
     def flags_at(self, scale):
         return self.laptop if scale == "laptop" and self.laptop is not None else self.flags
@@ -194,6 +195,14 @@ TABLE2 = (
     *pick(TABLE6, "Vanilla", "Vanilla, patch LN", "CS (gamma = -0.0001), patch LN", "GA, linear (pi_init = 0.5), patch LN"),
 )
 
+# ---- what can be done after training: Table 2's BERTs and OPTs with LN decay, and a published BERT ----
+
+REMEDIES = (
+    *(row for row in TABLE2 if row.family == "bert"),
+    *pick(TABLE2, "Vanilla, LN decay", PER_ROW.label, "GA, linear (pi_init = 0.25), LN decay"),
+    Row("all-MiniLM-L6-v2, published", "bert", source="sentence-transformers/all-MiniLM-L6-v2"),
+)
+
 # ---- Table 8: run time, published in hours on A100 GPUs; labels are those of bench.METHODS ----
 
 TABLE8 = tuple(
@@ -282,6 +291,7 @@ or grow an outlier (README.md, "Grow one yourself"):
         "paper": BERT_6L | {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
     "law": Experiment("How far outliers grow with the width", LAW, columns="law", xlabel="width d", quantize="--sweep"),
     "bits": Experiment("From eight bits down to four", TABLE2, columns="bits", seeds=2, quantize="--sweep"),
+    "remedies": Experiment("What can be done after training", REMEDIES, columns="remedies", seeds=2, quantize="--remedies"),
     "blog": Experiment(
         "Training in eight bits and fewer (the blog's Table 2, Figures 5 and 6)", columns="blog",
         rows=BLOG + tuple(at_bits(row, bits) for bits in (6, 4) for row in BLOG[3:]),

@@ -24,9 +24,10 @@ from minq.tables import mean_and_std
 
 
 class PerToken(ActivationQuantizer):
-    """Each token has a scale and a zero point of its own, taken when it arrives (ZeroQuant, LLM.int8): a token
+    """Each token has a scale and a zero point of its own, taken when it arrives (ZeroQuant, Yao et al. 2022): a token
     with an outlier coarsens its own grid only. Nothing is calibrated and nothing stays in floating point; but a
-    chip must find each row's range before it can round the row, and multiply each row's sums by another scale."""
+    chip must find each row's range before it can round the row, and multiply each row's sums by another scale.
+    (In probs @ values the scales stand inside the sum, and no integer kernel can follow: minq/fake_quant.py.)"""
 
     def on_grid(self, x):
         return fake_quantize(x, *affine_parameters(*token_range(x), self.n_bits), self.n_bits)
@@ -34,8 +35,9 @@ class PerToken(ActivationQuantizer):
 
 class OutlierColumns(ActivationQuantizer):
     """Columns (hidden dimensions) with a value beyond 6 stay in floating point (LLM.int8, Dettmers et al. 2022);
-    the others share one grid, made without them. Which columns: those that passed 6 in calibration. A chip must
-    gather these columns and their rows of the weight, multiply them in fp16, and add the two products."""
+    the others share one grid, made without them. Which columns: those that passed 6 in calibration. (The paper looks
+    at each input as it arrives, gives the others a scale per token, and keeps the columns' weights in fp16, too; here
+    weights stay on their grid.) A chip must gather these columns, multiply them in fp16, and add the two products."""
     threshold = 6.0
 
     def observe(self, x):
@@ -55,7 +57,8 @@ class Groups(ActivationQuantizer):
     """The hidden dimensions in K groups with a grid each (per-embedding-group, Bondarenko et al. 2021): an outlier
     dimension coarsens its own group only. With `permute`, dimensions are first sorted by their range in the first
     batch, so that the wide ones share a group. Nothing stays in floating point; a chip adds up K partial products,
-    each in its own scale, and the permutation is folded into the weights on either side."""
+    each in its own scale. A permutation can be folded into the weights on either side if all that is added shares it,
+    so the paper has one a layer, for the FFN's input, output and sum; here each tap has its own."""
 
     def __init__(self, n_bits, estimator, K=6, permute=False):
         super().__init__(n_bits, estimator)
@@ -80,7 +83,7 @@ class Groups(ActivationQuantizer):
 @lru_cache
 def hadamard(d):
     """An orthogonal (d, d) matrix all of whose entries are about 1 / sqrt(d): Sylvester's Hadamard matrix of the
-    largest power of two in d, times (Kronecker) a cosine transform of the odd rest."""
+    largest power of two in d, times (Kronecker) a cosine transform of the odd rest, where QuaRot has tables."""
     H, odd = torch.ones(1, 1), d
     while odd % 2 == 0:
         H, odd = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1))), odd // 2
@@ -91,10 +94,12 @@ def hadamard(d):
 
 
 class Rotated(ActivationQuantizer):
-    """x H, quantize, H^T, with H orthogonal (QuIP, QuaRot: a Hadamard matrix): one value of M becomes d values of
-    M / sqrt(d). Nothing stays in floating point. A pre-LN model needs no multiplication for it: with LayerNorm's gamma
-    and mean folded away, H goes into the embedding, W_o and W_down (on the output side), and H^T into W_qkv and W_up (on
-    the input side), and the residual stream is rotated throughout. Post-LN cannot: a LayerNorm stands in between."""
+    """x H, quantize, H^T, with H orthogonal (QuaRot, Ashkboos et al. 2024: a Hadamard matrix): one value of M becomes
+    d values of M / sqrt(d). Nothing stays in floating point. In a pre-LN model a chip need not know: with gamma folded
+    into the Linears behind each LayerNorm, and its subtraction of the mean into those before, H goes into the embedding,
+    W_o and W_down (on the output side), H^T into W_qkv, W_up and the output layer (on the input side), and the residual
+    stream is rotated throughout. Only the context and the FFN's hidden units must be multiplied as they arrive.
+    Post-LN must multiply everywhere: its gamma goes into the next residual sum, too, and cannot be folded away."""
     matrix = staticmethod(hadamard)
 
     def turn(self, x):
@@ -112,9 +117,10 @@ class Rotated(ActivationQuantizer):
 
 
 class SinkInFloat(ActivationQuantizer):
-    """The start token skips all activation quantizers and does not enter their ranges: what idle heads look at is known
-    in advance, so it can be computed once and kept (PrefixQuant, CushionCache: the keys and values of a prefix). It
-    helps as far as outliers stand there. A chip loads that token's keys and values in fp16, and computes it never again."""
+    """The start token skips all activation quantizers and does not enter their ranges (PrefixQuant, Chen et al. 2024, and
+    CushionCache, Son et al. 2024, where it is a prefix of a few tokens, searched for). It helps as far as outliers
+    stand there. In a causal model that token never changes: its keys and values are computed once, and a chip loads
+    them in fp16. A BERT's [CLS] sees the sentence: a chip must compute it in fp16 each time, beside the others."""
 
     def observe(self, x):
         super().observe(x[..., 1:, :] if x.dim() > 2 else x)
@@ -131,7 +137,8 @@ def smooth(model, inputs, alpha=0.5):
     into gamma and beta of the LayerNorm before, s into the columns of W. The floating-point output is the same, nothing
     stays in floating point, and a chip need not know. It reaches what a LayerNorm hands to a Linear, and nothing else: a
     residual sum has no weight behind it that could take s, and that is where outliers stand. Post-LN: None, its LayerNorms
-    feed the residual sum as well. Norms without a gain: None, they have nothing that could take 1 / s."""
+    feed the residual sum as well. Norms without a gain: None, they have nothing that could take 1 / s. (Here gamma / s is
+    quantized, too; the paper leaves LayerNorm in fp16.)"""
     if not model.config.pre_norm or model.layers[0].norm1.weight is None:
         return None
     largest = {}
@@ -168,6 +175,8 @@ class Times(nn.Module):
 # ---- by name: a copy of the model, bits, calibration inputs -> the copy, quantized and ready to calibrate; or None ----
 
 def plain(**settings):
+    """quantize_model with these settings. A scale per row of a weight costs a chip one more factor per output; ranges by
+    MSE or percentile (sec. C.4) cost it nothing. Neither keeps anything in floating point."""
     return lambda model, w_bits, a_bits, inputs: quantize_model(model, w_bits, a_bits, **settings)
 
 

@@ -112,6 +112,21 @@ def remedies_table(row):
     return in_markdown(lines)
 
 
+def remedies_over_seeds(tables):
+    """`remedies` of the runs of one row: each figure over training seeds, and over calibrations."""
+    def over(results):
+        return over_seeds([result["all"] for result in results])
+
+    merged = []
+    for of_seeds in zip(*(table["remedies"] for table in tables)):
+        quantized = {key: over([found["quantized"][key] for found in of_seeds])
+                     | {"sqnr": over([found["quantized"][key]["sqnr"] for found in of_seeds])}
+                     for key in of_seeds[0]["quantized"]}
+        floats = "; ".join(dict.fromkeys(found["floats"] for found in of_seeds))
+        merged.append({"remedy": of_seeds[0]["remedy"], "quantized": quantized, "floats": floats})
+    return merged
+
+
 EXTRA_TABLES = {"taps": taps_table, "remedies": remedies_table}
 
 
@@ -187,16 +202,30 @@ COLUMNS = {"quantized": quantized_columns, "bits": bits_columns, "law": law_colu
 
 def markdown(table):
     """The table in Markdown."""
+    unit = "rounds" if table["columns"] == "runtime" else "steps"
+    shortened = f" **Shortened to {table['steps']} {unit}.**" if table["steps"] else ""
+    body = a_table_each(table) if table["columns"] == "remedies" else one_table(table)
+    return (f"{table['title']}.{shortened} {repetitions(table['rows'])}; "
+            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n{body}\n"
+            + (f"\nFailed: {'; '.join(table['failed'])}.\n" if table.get("failed") else ""))
+
+
+def one_table(table):
+    """A row for each row of results; columns that are empty throughout are left out."""
     rows = [{"": row["label"], "family": row["family"]} | COLUMNS[table["columns"]](row) for row in table["rows"]]
     if len({row["family"] for row in table["rows"]}) == 1:
         rows = [{name: value for name, value in row.items() if name != "family"} for row in rows]
     shown = [name for name in rows[0] if name == "" or any(row[name] for row in rows)]
-    rows = [{name: row[name] for name in shown} for row in rows]
-    unit = "rounds" if table["columns"] == "runtime" else "steps"
-    shortened = f" **Shortened to {table['steps']} {unit}.**" if table["steps"] else ""
-    return (f"{table['title']}.{shortened} {repetitions(table['rows'])}; "
-            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n" + in_markdown(rows) + "\n"
-            + (f"\nFailed: {'; '.join(table['failed'])}.\n" if table.get("failed") else ""))
+    return in_markdown([{name: row[name] for name in shown} for row in rows])
+
+
+def a_table_each(table):
+    """A table of remedies for each row of results, below what the run is."""
+    parts = []
+    for row in table["rows"]:
+        fp = f"{with_std(row['fp'])} in floating point, " if row["fp"] else ""
+        parts += [f"**{row['family'].upper()}, {row['label']}**: {fp}max inf norm {with_std(row['max_inf_norm'], 3)}", remedies_table(row)]
+    return "\n\n".join(parts)
 
 
 def repetitions(rows):
@@ -206,7 +235,7 @@ def repetitions(rows):
         return f"{first['precision']}, {len(first['seconds']['all'])} rounds in turns"
     seeds = len(first["seeds"])
     calibrations = len(next(iter(first["quantized"].values()))["all"][0])
-    trained = [*rows, *(row["other_rate"] for row in rows if row.get("other_rate"))]
+    trained = [*(row for row in rows if "training_seconds" in row), *(row["other_rate"] for row in rows if row.get("other_rate"))]
     minutes = [seconds / 60 for row in trained for seconds in row["training_seconds"]["all"]]
     spread = "± over seeds, in brackets over calibrations" if seeds > 1 else "in brackets the deviation over calibrations"
     return (f"{seeds} training seed{'s' if seeds > 1 else ''}, {calibrations} calibrations ({spread}); {len(minutes)} "

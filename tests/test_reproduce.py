@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import shlex
+import shutil
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import bench
 import reproduce
 from minq import tables
 from minq.experiments import EXPERIMENTS, Experiment, Row
+from minq.remedies import REMEDIES
 from running import ROOT, SMALL, run
 
 
@@ -24,6 +26,8 @@ def test_every_row_is_a_command_that_its_script_takes(name, scale, monkeypatch):
     def stop():
         raise Parsed
     for row in EXPERIMENTS[name].rows:
+        if row.source:  # not trained
+            continue
         script = importlib.import_module(f"train_{row.family}")
         monkeypatch.setattr(script, "start_processes", stop)  # what a script does once its flags are read
         with pytest.raises(Parsed):
@@ -77,6 +81,45 @@ def test_runs_once_draws_resumes_verifies_and_writes_its_table(tiny):
     (tiny / "results" / "blog.json").write_text(json.dumps(table))
     _, err = run("reproduce.py", "blog", "--verify", code=2)
     assert "blog, Vanilla: the weights differ" in err.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_is_a_row_where_it_is_there(tiny, monkeypatch):
+    experiment = EXPERIMENTS["blog"]
+    monkeypatch.setitem(EXPERIMENTS, "blog", Experiment(
+        "Remedies", (experiment.rows[0], Row("Somebody's", "bert", source="somebody/theirs")), columns="remedies",
+        quantize="--batches 1 --seeds 2 --remedies --bits 8", recipes=experiment.recipes))
+    out, err = run("reproduce.py", "blog", "--jobs", 2)
+    assert "runs/theirs is not there, so its row is left out; make it: python pretrained.py somebody/theirs" in err
+    assert "**BERT, Vanilla**" in out and "Somebody's" not in out
+    (made,) = (tiny / "runs" / "reproduce").iterdir()
+    (tiny / "runs" / "theirs").mkdir()
+    shutil.copy(made / "checkpoint.pt", tiny / "runs" / "theirs")  # and no log of its training
+    out, err = run("reproduce.py", "blog", "--jobs", 2, "--seeds", 1)
+    assert "left out" not in err
+    ours, theirs = json.loads((tiny / "results" / "blog.json").read_text())["rows"]
+    assert ours["remedies"] == theirs["remedies"] and ours["fp"] == theirs["fp"] and "loss" not in theirs
+    assert theirs["commands"] == ["python pretrained.py somebody/theirs && python quantize.py runs/theirs "
+                                  "--batches 1 --seeds 2 --remedies --bits 8"]
+    first = ours["remedies"][0]
+    assert first["quantized"]["8x8"] == ours["quantized"]["8x8"] | {"sqnr": first["quantized"]["8x8"]["sqnr"]}
+    part = out.partition("**BERT, Somebody's**")[2]
+    for name in REMEDIES:
+        assert f"| {name} | " in part
+    assert "| SmoothQuant | – | – |  |" in part
+
+
+def test_remedies_over_seeds_keep_training_and_calibration_apart():
+    def table(metric, sqnr, floats):
+        return {"remedies": [{"remedy": "a", "floats": floats, "quantized": {"8x8": {"all": metric, "sqnr": {"all": sqnr}}}},
+                             {"remedy": "b", "floats": "", "quantized": {}}]}
+    a, b = tables.remedies_over_seeds([table([2.0, 4.0], [10.0, 12.0], "1 of 9"), table([5.0, 5.0], [20.0, 26.0], "2 of 9")])
+    found = a["quantized"]["8x8"]
+    assert found["mean"] == 4.0 and found["std"] == pytest.approx(math.sqrt(2)) and found["calibrations"] == pytest.approx(math.sqrt(2) / 2)
+    assert found["sqnr"]["mean"] == 17.0 and found["sqnr"]["std"] == pytest.approx(12 / math.sqrt(2))
+    assert a["floats"] == "1 of 9; 2 of 9" and b == {"remedy": "b", "quantized": {}, "floats": ""}
+    text = tables.remedies_table({"metric": "perplexity", "remedies": [a, b]})
+    assert "| a | 4 ±1.4 (0.71) | 17 ±8.5 (2.8) | 1 of 9; 2 of 9 |" in text and "| b | – | – |  |" in text
 
 
 @pytest.mark.slow
