@@ -12,6 +12,7 @@ h is the output of the last layer (BERT) or of the final norm (OPT, ViT) for the
 point and quantized. At 0 dB the error is as large as the signal; a bit more of precision is worth 6 dB.
 """
 import math
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -32,20 +33,32 @@ def floating_states(run, batches=None):
         yield inputs, last_hidden(run.model, inputs)
 
 
+@contextmanager
+def last_states(model):
+    """While active, the last hidden states of each forward pass of `model` are kept; yields the list of them:
+    (B, T, width), or (B, width) where only [CLS] is left; float32."""
+    passes = []
+
+    def hear(tap, place, x):
+        if place == 0:
+            passes.append(None)
+        passes[-1] = x.float()  # the last place stays
+
+    with listening(model, (model.hidden_tap,), hear):
+        yield passes
+
+
 @torch.no_grad()
 def last_hidden(model, inputs):
-    """(B, T, width), or (B, width) where only [CLS] is left; float32."""
-    last = {}
-    with listening(model, (model.hidden_tap,), lambda tap, place, x: last.update(h=x.float())):
+    with last_states(model) as passes:
         model(*inputs)
-    return last["h"]  # of the last place
+    return passes[-1]
 
 
-def fidelity(model, states):
-    """SQNR in dB, and the mean cosine over tokens, of the last hidden states of `model` against `states`."""
+def nearness(pairs):
+    """SQNR in dB, and the mean cosine over tokens, of (the last hidden states, those they should be) of each batch."""
     signal = error = cosines = tokens = 0
-    for inputs, h in states:
-        moved = last_hidden(model, inputs)
+    for moved, h in pairs:
         signal += h.square().sum(dtype=torch.float64).item()
         error += (moved - h).square().sum(dtype=torch.float64).item()
         cosines += F.cosine_similarity(moved, h, dim=-1).sum(dtype=torch.float64).item()
@@ -54,12 +67,22 @@ def fidelity(model, states):
     return {"sqnr": -math.inf if ratio == 0 else 10 * math.log10(ratio), "cosine": cosines / tokens}
 
 
+def fidelity(model, states):
+    """The `nearness` of `model` to `states`, as `floating_states` gives them."""
+    return nearness((last_hidden(model, inputs), h) for inputs, h in states)
+
+
 def scores(run, model, with_sqnr=True, eval_batches=None, states=None):
     """{metric: value} of a model that stands for the run's, and its fidelity, if asked for or if that is the metric.
     states: the `floating_states`, where they are at hand."""
     metric = run.model.metric
-    near = fidelity(model, states or floating_states(run, eval_batches)) if with_sqnr or metric == "sqnr" else {}
-    return near if metric == "sqnr" else near | {metric: evaluate(model, run.validation(eval_batches), run.device)[metric]}
+    if metric == "sqnr":
+        return fidelity(model, states or floating_states(run, eval_batches))
+    with last_states(model) if with_sqnr else nullcontext() as passes:
+        found = {metric: evaluate(model, run.validation(eval_batches), run.device)[metric]}
+    if with_sqnr:
+        found |= nearness(zip(passes, (h for _, h in states or floating_states(run, eval_batches)), strict=True))
+    return found
 
 
 # ---- one tensor at a time ----

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from minq.damage import by_kind, by_layer, fidelity, floating_states, last_hidden, only, quantizers
+from minq.damage import by_kind, by_layer, fidelity, floating_states, last_hidden, only, quantizers, scores
 from minq.growth import growth
 from minq.outliers import watch
 from minq.quant import ActivationQuantizer, affine_parameters, calibrating, fake_quantize, quantize_model
 from minq.runs import open_run
+from minq.training import evaluate
 from running import SMALL, SMALL_VIT, run
 
 
@@ -57,6 +58,8 @@ def test_sqnr_and_cosine_are_their_formulas(runs, name):
         cosines += [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(h, moved)]
     assert found["sqnr"] == pytest.approx(10 * math.log10(signal / error), abs=1e-3)
     assert found["cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
+    metric = run.model.metric
+    assert scores(run, model) == found | {metric: evaluate(model, run.validation(), run.device)[metric]}  # in one pass
     assert fidelity(run.model, floating_states(run)) == {"sqnr": math.inf, "cosine": pytest.approx(1, abs=1e-6)}
 
 
