@@ -1,6 +1,6 @@
 """Run training scripts in two processes each, as torchrun would start them.
 
-    echo '[["train_bert.py", ["--steps", "9", "--out", "/tmp/two"]]]' | python -m tests.two
+    echo '[["train_bert.py", ["--steps", "9", "--out", "runs/two"]]]' | python -m tests.two
 
 Prints each command's exit codes and output, as JSON. Each process is a fork of this one, which spares it the import
 of torch. A third entry is a signal that the second process alone gets as soon as the run has logged something.
