@@ -33,6 +33,7 @@ from minq.experiments import EXPERIMENTS, RECIPES
 from minq.tables import draw, markdown, mean_and_std, over_seeds, remedies_over_seeds, with_tables
 from minq.training import pick_device, pick_precision
 from minq.weights import read_json
+from minq.workloads import TASKS
 
 ROOT = Path(__file__).parent
 TIMING = "python bench.py attention --dropout 0"  # what an experiment of run times runs
@@ -246,8 +247,8 @@ def measured(tables):
 def time_rows(experiment, args):
     """Time the attentions of each family's model, in turns (bench.py): --steps rounds, or five."""
     device = pick_device(None)
-    settings = argparse.Namespace(device=device, precision=pick_precision(None, device), rounds=args.steps or 5)
-    seconds = {family: bench.method_seconds(family, 0.0, settings) for family in bench.TASKS}
+    settings = argparse.Namespace(device=device, precision=pick_precision(None, device), rounds=args.steps or 5, quick=False)
+    seconds = {family: bench.method_seconds(family, 0.0, settings) for family in TASKS}
     return [{"label": row.label, "family": row.family, "published": row.published,
              "seconds": mean_and_std(seconds[row.family][row.label]),
              "ratio": mean_and_std([a / b for a, b in zip(seconds[row.family][row.label], seconds[row.family]["vanilla"])]),

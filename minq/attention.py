@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from minq.dropout import Dropout
+
 
 class Tap(nn.Identity):
     """A named place in the forward pass: quant.py swaps it for a quantizer, outliers.py hooks it.
@@ -165,7 +167,7 @@ class SelfAttention(nn.Module):
         self.causal = config.causal
         self.qkv = QKV(config.width, 3 * config.width)
         self.softmax, self.gate, self.prepare = (*ATTENTIONS[config.attention](config), nn.Identity())[:3]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.proj = nn.Linear(config.width, config.width)
 
         self.queries_tap, self.keys_tap, self.values_tap = Tap(), Tap(), Tap()
@@ -180,13 +182,12 @@ class SelfAttention(nn.Module):
         q, k, v = self.queries_tap(q), self.keys_tap(k), self.values_tap(v)  # (B, H, T, d_head)
 
         if self.can_fuse(q) and k.shape == q.shape:
-            dropout_p = self.dropout.p if self.training else 0.0
-            context = F.scaled_dot_product_attention(q, k, v, None, dropout_p, self.causal)
+            context = F.scaled_dot_product_attention(q, k, v, None, self.training * self.dropout.p, self.causal)
         else:
             scores = self.scores_tap(q * self.d_head ** -0.5 @ k.mT)  # (B, H, T, T)
             if self.causal:
-                future = scores.new_ones(T, T, dtype=torch.bool).triu(1)
-                scores = scores.masked_fill(F.pad(future, (0, k.shape[2] - T)), -torch.inf)
+                future = scores.new_full((T, T), -torch.inf).triu(1)
+                scores = scores + F.pad(future, (0, k.shape[2] - T))
             probs = self.probs_tap(self.softmax(scores))
             context = self.dropout(probs) @ v  # (B, H, T, d_head)
 
@@ -198,9 +199,9 @@ class SelfAttention(nn.Module):
 
     def can_fuse(self, q):
         """PyTorch's fused kernel never forms scores and probabilities, so it serves a plain softmax while
-        nothing quantizes or watches what lies inside it. On CPUs it is the slower one in low precision."""
+        nothing quantizes or watches what lies inside it. On CPUs it is the slower one in low precision and with dropout."""
         inside = [tap for name, tap in self.named_children() if name.endswith("_tap") and name not in OUTSIDE]
         unseen = all(type(tap) is Tap and not tap._forward_hooks for tap in inside)
         plain = type(self.softmax) is nn.Softmax and self.softmax.dim == -1
-        fast = q.device.type != "cpu" or q.dtype == torch.float32
+        fast = q.device.type != "cpu" or q.dtype == torch.float32 and not (self.training and self.dropout.p)
         return unseen and plain and fast

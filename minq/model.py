@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from minq.attention import CAUSAL_ONLY, SelfAttention, Tap
+from minq.dropout import Dropout
 from minq.errors import UserError
 
 
@@ -113,7 +114,7 @@ class Block(nn.Module):
         self.activation = ACTIVATIONS[config.activation]()
         self.ffn_down = nn.Linear(config.ffn, config.width)
         self.norm2 = NORMS[config.norm](config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
         self.norm1_tap, self.residual1_tap = Tap(), Tap()
         self.ffn_hidden_tap, self.ffn_output_tap = Tap(), Tap()
@@ -158,7 +159,7 @@ class Bert(nn.Module):
         self.embedding_sum_tap = Tap()
         self.embedding_norm = NORMS[config.norm](config)
         self.embedding_norm_tap = Tap()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         if config.masked_head:
             self.head = MaskedHead(config, self.token_embedding.weight)
@@ -249,7 +250,6 @@ class ViT(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.patch_size = config.patch_size
         self.patch_embedding = nn.Linear(3 * config.patch_size ** 2, config.width)
         self.patch_embedding_tap = Tap()
         self.patch_norm = NORMS[config.norm](config) if config.patch_layernorm else None
@@ -257,7 +257,7 @@ class ViT(nn.Module):
         self.cls_embedding = nn.Embedding(1, config.width)
         self.position_embedding = nn.Embedding(config.seq_len, config.width)
         self.embedding_sum_tap = Tap()
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.final_norm = NORMS[config.norm](config)
         self.final_norm_tap = Tap()
@@ -278,7 +278,7 @@ class ViT(nn.Module):
 
     def patches(self, images):
         """(B, 3, H, W) -> (B, patches, 3 * patch_size^2), row by row"""
-        size = self.patch_size
+        size = self.config.patch_size
         x = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, size, columns, size)
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 

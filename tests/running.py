@@ -16,6 +16,10 @@ SMALL = ["--layers", "2", "--width", "32", "--heads", "4", "--seq-len", "16", "-
          "--eval-every", "3", "--eval-batches", "2", "--warmup", "2", "--device", "cpu", "--precision", "fp32"]
 SMALL_VIT = [option for option in SMALL if option not in ("--seq-len", "16")] + ["--patch-size", "8"]
 
+TINY_MODELS = {"bert": ("tiny BERT", dict(layers=2, width=8, heads=2, ffn=8, seq_len=128, vocab_size=30522)),  # of workloads.py
+               "opt": ("tiny OPT", dict(layers=2, width=8, heads=2, ffn=8, seq_len=16, vocab_size=260)),
+               "vit": ("tiny ViT", dict(layers=2, width=8, heads=2, ffn=8, image_size=224, patch_size=112, classes=1000))}
+
 
 def start(*command, **options):
     return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from minq.attention import GATES, ClippedSoftmax, RowClippedSoftmax, SelfAttention, Tap, clipped_softmax
+from minq.dropout import Dropout
 from minq.model import BertConfig
 
 torch.manual_seed(0)
@@ -175,3 +176,37 @@ def test_dropout_acts_on_the_probabilities_after_their_tap():
 
 def test_the_softmax_is_a_module_that_shows_its_settings():
     assert "gamma=-0.03, zeta=1" in repr(ClippedSoftmax(-0.03))
+
+
+# ---- dropout ----
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_zeroes_a_share_of_p_and_scales_the_rest(p, dtype):
+    torch.manual_seed(0)
+    x = torch.ones(401, 1001, dtype=dtype, requires_grad=True)
+    y = Dropout(p)(x)
+    y.sum().backward()
+    kept = round(2 ** 16 * (1 - p)) / 2 ** 16
+    assert (y != 0).float().mean() == pytest.approx(kept, abs=4 * (p * (1 - p) / x.numel()) ** 0.5)  # four deviations
+    assert set(y.unique().tolist()) == {0.0, torch.tensor(1 / kept, dtype=dtype).item()}
+    assert torch.equal(x.grad, y.detach())
+
+
+def test_dropouts_elements_are_independent():
+    """Also the four that come from one draw, and rows."""
+    torch.manual_seed(0)
+    y = (Dropout(0.3)(torch.ones(1000, 1000)) != 0).float() - 0.7
+    for shift in (1, 2, 3, 4, 1000):
+        flat = y.flatten()
+        assert abs((flat[shift:] * flat[:-shift]).mean() / 0.21) < 0.004  # four deviations
+
+
+def test_dropout_follows_the_seed_and_rests_in_evaluation():
+    x = torch.randn(7, 9)
+    torch.manual_seed(3)
+    first = Dropout(0.4)(x)
+    torch.manual_seed(3)
+    assert torch.equal(Dropout(0.4)(x), first)
+    assert Dropout(0.4).eval()(x) is x and Dropout(0.0)(x) is x and Dropout(0.4)(x[:0]).shape == (0, 9)
+    assert Dropout(1 - 1e-9)(x).count_nonzero() <= 1  # finite, hardly anything kept

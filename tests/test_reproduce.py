@@ -10,10 +10,10 @@ import torch
 
 import bench
 import reproduce
-from minq import tables
+from minq import tables, workloads
 from minq.experiments import EXPERIMENTS, Experiment, Row
 from minq.remedies import REMEDIES
-from running import ROOT, SMALL, run
+from running import ROOT, SMALL, TINY_MODELS, run
 
 
 class Parsed(Exception):
@@ -134,9 +134,7 @@ def test_a_failing_run_is_named(tiny, monkeypatch):
 @pytest.mark.slow
 def test_table8_times_every_attention_of_every_family(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "BERT_BASE", dict(layers=1, width=8, heads=2, ffn=8, seq_len=128))
-    monkeypatch.setattr(bench, "OPT_125M", dict(layers=1, width=8, heads=2, ffn=8, seq_len=16, vocab_size=260))
-    monkeypatch.setattr(bench, "VIT_S", dict(layers=1, width=8, heads=2, ffn=8, image_size=224, patch_size=112, classes=1000))
+    monkeypatch.setattr(workloads, "MODELS", TINY_MODELS)
     monkeypatch.setattr(bench, "in_turns", lambda functions, rounds, device: {  # as if clipping took twice as long
         name: [function() or (2.0 if "clipped" in name else 1.0)] * rounds for name, function in functions.items()})
     out, _ = run("reproduce.py", "table8", "--steps", 2)
