@@ -81,17 +81,9 @@ def cures_columns(row):
     rate = row["x"] + (f" ({other['x']}: {other['fp']['mean']:.4g})" if other else "")
     return {"FP": with_std(row["fp"]), "at lr (FP at the other)": rate, "max inf norm": with_std(row["max_inf_norm"], 3),
             "avg kurtosis": with_std(row["avg_kurtosis"], 3), "W8A8": with_std(row["quantized"]["8x8"]),
-            "bits at which 20% are lost": bits_of_seeds(row),
+            "bits at which 20% are lost": bits_at_loss(row),
             "step time": f"{statistics.median(row['step_time']):.2f}" if "step_time" in row else "",
             "extra parameters": f"{row['extra_parameters']:+,}", "its paper's claim": row["published"]}
-
-
-def bits_of_seeds(row):
-    """6.24 (6.05, 6.43): of the mean over training seeds, and of each seed"""
-    seeds = [{"metric": row["metric"], "fp": {"mean": fp}, "quantized": {
-        key: {"mean": statistics.mean(value["all"][i])} for key, value in row["quantized"].items()}}
-        for i, fp in enumerate(row["fp"]["all"])]
-    return bits_at_loss(row) + (f" ({', '.join(map(bits_at_loss, seeds))})" if len(seeds) > 1 else "")
 
 
 COLUMNS["cures"] = cures_columns

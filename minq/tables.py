@@ -162,8 +162,18 @@ def cost(row, value):
 
 
 def bits_at_loss(row):
-    """Where the cost of quantization passes 20% or 5 points, interpolated between the two widths beside it."""
+    """6.24 (6.05, 6.43): where the cost of quantization passes 20% or 5 points, of the mean over training seeds and of
+    each seed."""
     limit = 5 if row["metric"] == "accuracy" else 20
+    seeds = [row | {"fp": {"mean": fp}, "quantized": {key: {"mean": statistics.mean(value["all"][i])}
+                                                      for key, value in row["quantized"].items()}}
+             for i, fp in enumerate(row["fp"]["all"])]
+    passed = [where_passed(each, limit) for each in (row, *seeds)]
+    return passed[0] + (f" ({', '.join(passed[1:])})" if len(seeds) > 1 else "")
+
+
+def where_passed(row, limit):
+    """Interpolated between the two widths beside it."""
     costs = [(int(key.split("x")[0]), cost(row, value)) for key, value in row["quantized"].items()]  # 8 bits first
     costs = [(bits, math.inf if math.isnan(lost) else lost) for bits, lost in costs]  # NaN: all is lost
     if costs[0][1] >= limit:

@@ -6,9 +6,10 @@ import pytest
 
 import bench
 import reproduce
-from minq.comparison import COLUMNS, better_rates, bits_of_seeds
+from minq.comparison import COLUMNS, better_rates
 from minq.experiments import EXPERIMENTS, TABLE2, Experiment, Row
 from minq.cures import ATTENTIONS
+from minq.tables import bits_at_loss
 from running import SMALL, run
 
 
@@ -54,7 +55,7 @@ def test_a_cure_with_one_rate_left_is_shown_alone():
 
 
 def test_bits_of_every_seed_stand_beside_those_of_the_mean():
-    assert bits_of_seeds(result("vanilla", "", 10.0, seeds=2)) == "6.50 (6.50, 7.00)"  # 20% at 7 bits in the second
+    assert bits_at_loss(result("vanilla", "", 10.0, seeds=2)) == "6.50 (6.50, 7.00)"  # 20% at 7 bits in the second
 
 
 def test_every_cure_is_compared_in_both_families_at_two_rates():

@@ -171,8 +171,8 @@ def test_an_unknown_name_is_named():
     ("perplexity", 10.0, (math.nan, math.nan, math.nan, math.nan, 14.0), "over 8"),
 ])
 def test_bits_at_which_a_fifth_is_lost(metric, fp, at_bits, expected):
-    row = {"metric": metric, "fp": {"mean": fp, "std": None},
-           "quantized": {f"{bits}x{bits}": {"mean": value, "std": None} for bits, value in zip((8, 7, 6, 5, 4), at_bits)}}
+    row = {"metric": metric, "fp": {"mean": fp, "std": None, "all": [fp]},
+           "quantized": {f"{bits}x{bits}": {"mean": value, "std": None, "all": [[value]]} for bits, value in zip((8, 7, 6, 5, 4), at_bits)}}
     columns = tables.bits_columns(row)
     assert list(columns.values())[-1] == expected
     assert columns["W4A4"].endswith("(+40.0)" if metric == "accuracy" else f"(+{10 * at_bits[-1] - 100:.1f}%)")
