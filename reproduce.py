@@ -245,9 +245,9 @@ def measured(tables):
 
 
 def time_rows(experiment, args):
-    """Time the attentions of each family's model, in turns (bench.py): --steps rounds, or five."""
+    """Time the attentions of each family's model, in turns (bench.py): --steps rounds, or ten."""
     device = pick_device(None)
-    settings = argparse.Namespace(device=device, precision=pick_precision(None, device), rounds=args.steps or 5, quick=False)
+    settings = argparse.Namespace(device=device, precision=pick_precision(None, device), rounds=args.steps or 10, quick=False)
     seconds = {family: bench.method_seconds(family, 0.0, settings) for family in TASKS}
     return [{"label": row.label, "family": row.family, "published": row.published,
              "seconds": mean_and_std(seconds[row.family][row.label]),
