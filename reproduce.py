@@ -36,7 +36,7 @@ from minq.weights import read_json
 from minq.workloads import TASKS
 
 ROOT = Path(__file__).parent
-TIMING = "python bench.py attention --dropout 0"  # what an experiment of run times runs
+TIMING = "python bench.py attention --dropout 0 --rounds 10"  # what an experiment of run times runs
 ROUNDS = 40  # of training steps, where they are timed beside their results
 
 

@@ -186,7 +186,7 @@ class SelfAttention(nn.Module):
         else:
             scores = self.scores_tap(q * self.d_head ** -0.5 @ k.mT)  # (B, H, T, T)
             if self.causal:
-                future = scores.new_full((T, T), -torch.inf).triu(1)
+                future = scores.new_full((T, T), -torch.inf).triu(1)  # 0 where a query may look
                 scores = scores + F.pad(future, (0, k.shape[2] - T))
             probs = self.probs_tap(self.softmax(scores))
             context = self.dropout(probs) @ v  # (B, H, T, d_head)
@@ -199,7 +199,8 @@ class SelfAttention(nn.Module):
 
     def can_fuse(self, q):
         """PyTorch's fused kernel never forms scores and probabilities, so it serves a plain softmax while
-        nothing quantizes or watches what lies inside it. On CPUs it is the slower one in low precision and with dropout."""
+        nothing quantizes or watches what lies inside it. On CPUs it is the slower one in low precision
+        and with dropout."""
         inside = [tap for name, tap in self.named_children() if name.endswith("_tap") and name not in OUTSIDE]
         unseen = all(type(tap) is Tap and not tap._forward_hooks for tap in inside)
         plain = type(self.softmax) is nn.Softmax and self.softmax.dim == -1
