@@ -5,6 +5,7 @@ import atexit
 import contextlib
 import math
 import os
+import time
 from datetime import timedelta
 
 import torch
@@ -122,6 +123,9 @@ def start_processes():
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=SILENCE))
     atexit.register(dist.destroy_process_group)
+    # Before that (the last registered is called first): gloo's threads drop their last tensors when they get to it, and
+    # need Python to do so. Where it has ended, they abort the process (pull request 179291 of PyTorch).
+    atexit.register(time.sleep, 0.1)
     return dist.get_rank(), dist.get_world_size()
 
 

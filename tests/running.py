@@ -25,6 +25,13 @@ def start(*command, **options):
     return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
 
 
+def torchrun(script, *arguments):
+    """A script in two processes; what it says, if it fails."""
+    process = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script, *map(str, arguments), cwd=ROOT)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+
+
 def run(script, *arguments, code=0):
     """Call a script's main() in this process, which spares the seconds that importing torch takes."""
     out, err = io.StringIO(), io.StringIO()

@@ -10,7 +10,7 @@ from minq.attention import QKV
 from minq.fake_quant import (DynamicQuantizer, DynamicWeightQuantizer, FakeQuantLinear, fake_quantization_off,
                              fake_quantize_training)
 from minq.model import Bert, BertConfig, Opt, OptConfig, ViT, ViTConfig
-from running import ROOT, SMALL, SMALL_VIT, assert_same_weights, logged, run, saved, start, stopped_at, train
+from running import SMALL, SMALL_VIT, assert_same_weights, logged, run, saved, stopped_at, torchrun, train
 
 SMALL_MODEL = dict(layers=2, width=32, heads=4, ffn=64)
 FAMILIES = {
@@ -183,9 +183,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(corpus, tmp_path, monkeypa
 @pytest.mark.slow
 def test_two_processes_equal_one(corpus, tmp_path):
     train(corpus, tmp_path / "one", "--fake-quant", "--dropout", "0")
-    torchrun = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_bert.py", *SMALL,
-                     "--data", corpus, "--dropout", "0", "--fake-quant", "--out", str(tmp_path / "two"), cwd=ROOT)
-    assert torchrun.wait(timeout=300) == 0
+    torchrun("train_bert.py", *SMALL, "--data", corpus, "--dropout", "0", "--fake-quant", "--out", tmp_path / "two")
     assert last_line(tmp_path / "two")["loss"] == pytest.approx(last_line(tmp_path / "one")["loss"], rel=1e-3)
 
 

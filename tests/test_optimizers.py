@@ -10,7 +10,7 @@ from minq.attention import QKV
 from minq.model import Bert, BertConfig
 from minq.optimizers import OPTIMIZERS, Muon, MuonAndAdamW
 from minq.training import parameter_groups, set_lr
-from running import SMALL, assert_same_weights, logged, run, saved, start, stopped_at, ROOT
+from running import SMALL, assert_same_weights, logged, run, saved, stopped_at, torchrun
 
 
 def model(**settings):
@@ -154,9 +154,7 @@ def test_a_script_with_another_optimizer_is_refused(corpus, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_two_processes_equal_one(corpus, tmp_path):
     train(corpus, tmp_path / "one", "--layers", 1)
-    torchrun = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_bert.py", *SMALL, "--data", corpus,
-                     "--layers", "1", "--optimizer", "muon", "--out", str(tmp_path / "two"), cwd=ROOT)
-    assert torchrun.wait(timeout=300) == 0
+    torchrun("train_bert.py", *SMALL, "--data", corpus, "--layers", "1", "--optimizer", "muon", "--out", tmp_path / "two")
     one = saved(tmp_path / "one")["model"]
     for name, value in saved(tmp_path / "two")["model"].items():  # Newton-Schulz rounds to bf16
         torch.testing.assert_close(value, one[name], rtol=1e-2, atol=2e-3)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from running import ROOT, SMALL, SMALL_VIT, logged, run, saved, start, train
+from running import SMALL, SMALL_VIT, logged, run, saved, torchrun, train
 
 
 ATTENTIONS = {"vanilla": [], "clipped": ["--gamma", "-0.03"], "gated": ["--gate", "mlp", "--gate-hidden", "3"]}
@@ -45,10 +45,7 @@ def test_accumulation_and_two_processes_equal_one_batch(corpus, tmp_path):
     """The global batch is the same however it is sliced, and so are the gradients, up to rounding."""
     train(corpus, tmp_path / "one", "--dropout", "0")
     train(corpus, tmp_path / "accumulated", "--dropout", "0", "--batch-size", "4", "--accumulate", "2")
-    torchrun = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train_bert.py", *SMALL,
-                     "--data", corpus, "--dropout", "0", "--batch-size", "4", "--accumulate", "2",
-                     "--out", str(tmp_path / "two"), cwd=ROOT)
-    assert torchrun.wait(timeout=300) == 0
+    torchrun("train_bert.py", *SMALL, "--data", corpus, "--dropout", "0", "--batch-size", "4", "--accumulate", "2", "--out", tmp_path / "two")
     one = saved(tmp_path / "one")["model"]
     for other in ("accumulated", "two"):
         for name, value in saved(tmp_path / other)["model"].items():
