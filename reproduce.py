@@ -151,11 +151,15 @@ def slug(words):
     return "".join(f"-{word[2:]}" if word.startswith("--") else f"_{word}" for word in settings.split())
 
 
+# One thread: sums come out the same however many cores there are, and runs side by side use the cores better.
+# The C library keeps freed memory for the next tensor instead of handing it back (docs/speed.md); others ignore this.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2 ** 34), "MALLOC_TOP_PAD_": str(2 ** 28)}
+
+
 def start(command, quiet):
-    """Run one of the scripts, with one thread: sums come out the same however many cores there are, and runs
-    side by side use the cores better. Raises UserError with its last line if it fails."""
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=os.environ | {"OMP_NUM_THREADS": "1"},
-                          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None)
+    """Run one of the scripts. Raises UserError with its last line if it fails."""
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *command[1:]], env=os.environ | ENVIRONMENT, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None)
     if done.returncode == 130:
         raise KeyboardInterrupt
     if done.returncode != 0:
