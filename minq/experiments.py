@@ -268,7 +268,7 @@ def at_bits(row, bits):
 
 BERT_6L, BLOG_BERT = ({"bert": RECIPES["paper"]["bert"].replace("--preset paper", f"--preset {preset}")} for preset in ("bert-6l", "blog"))
 
-BERT_LONG = "--seq-len 32 --steps 75000 --warmup 500 --eval-every 2500"
+BERT_LONG, BERT_LONGER = (RECIPES["laptop"]["bert"].replace("25000", str(steps)) for steps in (75000, 150000))
 BERT_SHORT = "--width 64 --seq-len 32 --steps 4000 --lr 3e-3 --warmup 500 --eval-every 1000"
 
 EXPERIMENTS = {
@@ -294,6 +294,8 @@ or grow an outlier (README.md, "Grow one yourself"):
     "bits": Experiment("From eight bits down to four", TABLE2, columns="bits", seeds=2, quantize="--sweep"),
     "long": Experiment("BERT, trained three times as long", TABLE2[:3], columns="bits", seeds=2, quantize="--sweep",
                        recipes={"laptop": {"bert": BERT_LONG}}),
+    "longer": Experiment("BERT, trained six times as long", TABLE2[:3], columns="bits", seeds=2, quantize="--sweep",
+                         recipes={"laptop": {"bert": BERT_LONGER}}),
     "remedies": Experiment("What can be done after training", REMEDIES, columns="remedies", seeds=2, quantize="--remedies"),
     "blog": Experiment(
         "Training in eight bits and fewer (the blog's Table 2, Figures 5 and 6)", columns="blog",
