@@ -139,8 +139,8 @@ class Job:
     def run(self, quiet):
         if not self.finished():
             resumable = (self.folder / "checkpoint.pt").exists()
-            command = [f"train_{self.row.family}.py", "--resume", "--out", str(self.folder)] if resumable else [*self.training, "--overwrite"]
-            start(command, quiet)
+            resume = [self.training[0], "--resume", "--out", str(self.folder), *(["--compile"] if "--compile" in self.training else [])]
+            start(resume if resumable else [*self.training, "--overwrite"], quiet)
         if not self.quantized.exists() or self.quantized.stat().st_mtime < (self.folder / "checkpoint.pt").stat().st_mtime:
             start([*self.quantizing, "--json", str(self.quantized)], quiet)
 

@@ -38,6 +38,8 @@ def explained(error):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if "InvalidCxxCompiler" in str(error):
+        return "--compile: no C++ compiler found, expected g++ (on a Mac clang++) or the one named in $CXX; without --compile all works, more slowly"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and TOO_LARGE.search(str(error)):
         asked = re.search(r"allocate .*?(bytes|[KMGTP]iB)", str(error))
         return ("there is not enough memory" + (f" to {asked[0]}" if asked else "") + "; make a batch smaller "

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from running import ROOT, run, saved, start
+from running import ROOT, SMALL, run, saved, start
 
 TINY = "--layers 1 --width 16 --heads 2 --batch-size 4 --steps 1 --eval-every 1 --eval-batches 1 --device cpu --precision fp32"
 COMMANDS = {  # what stands before the flags of a row
@@ -492,3 +492,12 @@ def test_sequences_of_one_token_train(world, monkeypatch, tmp_path):
         assert np.isfinite(line["val_loss"])
 
 
+
+
+@pytest.mark.slow
+def test_compile_without_a_compiler_says_so(corpus, tmp_path):
+    environment = os.environ | {"CXX": str(tmp_path / "no-compiler"), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    process = start("train_bert.py", *SMALL, "--data", corpus, "--compile", "--out", str(tmp_path / "run"), cwd=ROOT, env=environment)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 2 and "Traceback" not in err
+    assert err.splitlines()[-1].startswith("error: --compile: no C++ compiler found")
