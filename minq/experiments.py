@@ -268,7 +268,7 @@ def at_bits(row, bits):
 
 BERT_6L, BLOG_BERT = ({"bert": RECIPES["paper"]["bert"].replace("--preset paper", f"--preset {preset}")} for preset in ("bert-6l", "blog"))
 
-BERT_LONG, BERT_LONGER = (RECIPES["laptop"]["bert"].replace("25000", steps) + " --compile" for steps in ("75000", "150000"))
+BERT_LONG = RECIPES["laptop"]["bert"].replace("25000", "75000") + " --compile"
 BERT_SHORT = "--width 64 --seq-len 32 --steps 4000 --lr 3e-3 --warmup 500 --eval-every 1000"
 
 EXPERIMENTS = {
@@ -294,8 +294,6 @@ or grow an outlier (README.md, "Grow one yourself"):
     "bits": Experiment("From eight bits down to four", TABLE2, columns="bits", seeds=2, quantize="--sweep",
                        recipes={"laptop": {"bert": BERT_LONG}}),
     "short": Experiment("BERT, trained a third as long", TABLE2[:3], columns="bits", seeds=2, quantize="--sweep"),
-    "longer": Experiment("BERT, trained twice as long", TABLE2[:3], columns="bits", seeds=2, quantize="--sweep",
-                         recipes={"laptop": {"bert": BERT_LONGER}}),
     "remedies": Experiment("What can be done after training", REMEDIES, columns="remedies", seeds=2, quantize="--remedies"),
     "blog": Experiment(
         "Training in eight bits and fewer (the blog's Table 2, Figures 5 and 6)", columns="blog",
