@@ -1,4 +1,5 @@
 """The cures side by side: two learning rates, the better shown; what failed is named."""
+import argparse
 import json
 import shlex
 
@@ -7,7 +8,7 @@ import pytest
 import bench
 import reproduce
 from minq.comparison import COLUMNS, better_rates
-from minq.experiments import EXPERIMENTS, TABLE2, Experiment, Row
+from minq.experiments import EXPERIMENTS, Experiment, Row
 from minq.cures import ATTENTIONS
 from minq.tables import bits_at_loss
 from running import SMALL, run
@@ -73,12 +74,14 @@ def test_every_cure_is_compared_in_both_families_at_two_rates():
     assert EXPERIMENTS["cures"].rows == EXPERIMENTS["cures-opt"].rows + EXPERIMENTS["cures-bert"].rows
 
 
-def test_the_papers_own_rows_are_the_runs_of_table_2():
+def test_the_papers_own_rows_are_runs_of_other_tables():
     """Their folders are the same, so nothing is trained twice."""
-    table2 = {(row.family, row.flags_at("laptop")) for row in TABLE2}
-    for row in EXPERIMENTS["cures"].rows:
-        if row.line in ("vanilla", "clipped", "row-clipped", "gated") and "lr" not in row.label:
-            assert (row.family, row.flags_at("laptop")) in table2, row
+    def folders(*names):
+        args = argparse.Namespace(preset="laptop", steps=None, runs="runs")
+        return {reproduce.Job(name, row, 0, args).folder for name in names for row in EXPERIMENTS[name].rows
+                if name != "cures" or row.line in ("vanilla", "clipped", "row-clipped", "gated") and "lr" not in row.label}
+
+    assert len(folders("cures")) == 7 and folders("cures") <= folders("table2", "short")
 
 
 class InTurn:
