@@ -1,4 +1,5 @@
 """Experiments: every row's flags are ones that its script takes; runs are made once, resumed, verified, tabulated."""
+import argparse
 import importlib.util
 import json
 import math
@@ -212,3 +213,16 @@ def test_write_docs_fills_every_page(tmp_path, monkeypatch):
     run("reproduce.py", "--write-docs", "--results", tmp_path)
     for name, page in {"quick": "README.md", "blog": "docs/results.md"}.items():
         assert (tmp_path / page).read_text() == mark.format(name).replace("old", f"| {name} |")
+
+
+def test_an_interrupted_run_goes_on_compiled_if_it_began_so(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(reproduce, "start", lambda command, quiet: commands.append(command))
+    monkeypatch.setattr(reproduce.Job, "finished", lambda job: False)
+    args = argparse.Namespace(preset="laptop", steps=None, runs=tmp_path)
+    for name, resumed in (("table2", ["--compile"]), ("short", [])):
+        job = reproduce.Job(name, EXPERIMENTS[name].rows[0], 0, args)
+        job.folder.mkdir()
+        (job.folder / "checkpoint.pt").touch()
+        job.run(quiet=True)
+        assert commands[-2] == ["train_bert.py", "--resume", "--out", str(job.folder), *resumed]
