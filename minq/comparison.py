@@ -8,7 +8,7 @@ compare directions, not numbers.
 import math
 import statistics
 
-from minq.experiments import CS, DECAY, EXPERIMENTS, GA, PER_ROW, Experiment, Row
+from minq.experiments import BERT_MANY, CS, DECAY, EXPERIMENTS, GA, PER_ROW, Experiment, Row
 from minq.tables import COLUMNS, bits_at_loss, with_std
 
 # (label, flags, claim): the paper's own, by family; its claims are those of its Tables 2 and 5
@@ -93,7 +93,8 @@ COLUMNS["cures"] = cures_columns
 
 def experiment(title, *families):
     rows = tuple(row for family in families for row in two_rates(family))
-    return Experiment(title, rows, columns="cures", seeds=2, quantize="--sweep", may_fail=True)
+    return Experiment(title, rows, columns="cures", seeds=2, quantize="--sweep", may_fail=True,
+                      recipes={"laptop": {"bert": BERT_MANY}})
 
 
 EXPERIMENTS |= {

@@ -269,6 +269,7 @@ def at_bits(row, bits):
 BERT_6L, BLOG_BERT = ({"bert": RECIPES["paper"]["bert"].replace("--preset paper", f"--preset {preset}")} for preset in ("bert-6l", "blog"))
 
 BERT_LONG = RECIPES["laptop"]["bert"].replace("25000", "75000") + " --compile"
+BERT_MANY = RECIPES["laptop"]["bert"].replace("25000", "15000") + " --compile"  # where rows are many: seven minutes each
 BERT_SHORT = "--width 64 --seq-len 32 --steps 4000 --lr 3e-3 --warmup 500 --eval-every 1000"
 
 EXPERIMENTS = {
@@ -280,7 +281,7 @@ or grow an outlier (README.md, "Grow one yourself"):
     python quantize.py runs/reproduce/bert-steps_400* --sweep"""),
     "table1": Experiment("Clipped softmax's gamma and zeta on BERT (Table 1)", TABLE1, recipes={"laptop": {"bert": BERT_SHORT}}),
     "table2": Experiment("The best of each family (Table 2)", TABLE2, seeds=2, recipes={"laptop": {"bert": BERT_LONG}}),
-    "table4": Experiment("BERT, all settings (Table 4)", TABLE4),
+    "table4": Experiment("BERT, all settings (Table 4)", TABLE4, recipes={"laptop": {"bert": BERT_MANY}}),
     "table5": Experiment("OPT, all settings (Table 5)", TABLE5),
     "table6": Experiment("ViT, all settings (Table 6)", TABLE6),
     "table7": Experiment("Clipped softmax's gamma and zeta on ViT (Table 7)", TABLE7,
@@ -289,7 +290,7 @@ or grow an outlier (README.md, "Grow one yourself"):
     "fig6": Experiment("gamma = -alpha/T for several lengths T (Figure 6)", FIG6, xlabel="alpha (0 is vanilla)", recipes={
         "laptop": {"bert": "--width 64 --steps 1000 --lr 3e-3 --eval-every 1000"}, "paper": BERT_6L}),
     "fig7": Experiment("How open gates start (Figure 7)", FIG7, xlabel="pi_init", recipes={
-        "paper": BERT_6L | {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
+        "laptop": {"bert": BERT_MANY}, "paper": BERT_6L | {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
     "law": Experiment("How far outliers grow with the width", LAW, columns="law", xlabel="width d", quantize="--sweep"),
     "bits": Experiment("From eight bits down to four", TABLE2, columns="bits", seeds=2, quantize="--sweep",
                        recipes={"laptop": {"bert": BERT_LONG}}),
