@@ -8,7 +8,7 @@ compare directions, not numbers.
 import math
 import statistics
 
-from minq.experiments import BERT_MANY, CS, DECAY, EXPERIMENTS, GA, PER_ROW, Experiment, Row
+from minq.experiments import BERT_LONG, BERT_MANY, CS, DECAY, EXPERIMENTS, GA, PER_ROW, Experiment, Row
 from minq.tables import COLUMNS, bits_at_loss, with_std
 
 # (label, flags, claim): the paper's own, by family; its claims are those of its Tables 2 and 5
@@ -101,6 +101,9 @@ EXPERIMENTS |= {
     "cures": experiment("The cures since the paper", "opt", "bert"),
     "cures-opt": experiment("The cures since the paper, on OPT", "opt"),
     "cures-bert": experiment("The cures since the paper, on BERT", "bert"),
+    "rates": Experiment("BERT, trained long, at two learning rates", columns="bits", seeds=2, quantize="--sweep",
+                        rows=tuple(row for row in two_rates("bert") if row.line in ("vanilla", "clipped", "gated")),
+                        recipes={"laptop": {"bert": BERT_LONG}}),
     "row-clipped": Experiment(
         "Does one gamma fail because it serves rows of all lengths? OPT, LN decay", columns="cures", seeds=4, quantize="--sweep",
         rows=(Row("vanilla", "opt", DECAY), Row("gamma = -1/T", "opt", f"{CS} --alpha 1 {DECAY}"), PER_ROW)),
