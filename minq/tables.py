@@ -216,8 +216,13 @@ def markdown(table):
     shortened = f" **Shortened to {table['steps']} {unit}.**" if table["steps"] else ""
     body = a_table_each(table) if table["columns"] == "remedies" else one_table(table)
     return (f"{table['title']}.{shortened} {repetitions(table['rows'])}; "
-            f"{table['machine']['processor']}, PyTorch {table['versions']['torch']}.\n\n{body}\n"
+            f"{made_on(table['machine'])}, PyTorch {table['versions']['torch']}.\n\n{body}\n"
             + (f"\nFailed: {'; '.join(table['failed'])}.\n" if table.get("failed") else ""))
+
+
+def made_on(machine):
+    """The GPU's name, or the processor's."""
+    return machine["processor"] if machine["device"] == "cpu" else machine["device"]
 
 
 def one_table(table):

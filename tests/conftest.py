@@ -1,8 +1,9 @@
-"""Every test runs with one thread, so that the suite takes as long on a busy machine as on an idle one."""
+"""Every test runs with one thread, so that the suite takes as long on a busy machine as on an idle one, and on the CPU,
+also where there is a GPU: runs are compared bit by bit."""
 import os
 import threading
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts; also for the scripts that tests run
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # before torch starts; also for the scripts that tests run
 
 import numpy as np
 import pytest
