@@ -187,7 +187,8 @@ class Run:
                             f"(it is {self.scaler.get_scale():g}); {kept}; try a lower --lr, or --precision bf16 or fp32")
         if self.step < self.args.steps:
             if self.rank == 0:
-                print(f"interrupted at step {self.step}, saved. Go on with: python {script} --resume --out {self.folder}")
+                same = " --compile" * bool(self.args.compile) + (f" --device {self.args.device}" if self.args.device else "")
+                print(f"interrupted at step {self.step}, saved. Go on with: python {script} --resume --out {self.folder}{same}")
             raise SystemExit(128 + self.signal)  # 130 for Ctrl-C, 143 for SIGTERM
         if self.rank == 0:
             print(f"{self.folder}: step {self.step}, {summary(self.folder)}")

@@ -6,7 +6,9 @@ import sys
 import time
 
 import pytest
+import torch
 
+from minq import runs
 from running import ROOT, SMALL, SMALL_VIT, assert_same_weights, logged, run, saved, start, stopped_at
 
 
@@ -34,6 +36,16 @@ def test_what_was_logged_after_the_last_checkpoint_is_logged_again(corpus, cifar
     assert (tmp_path / "stopped" / "metrics.jsonl").read_text() == (tmp_path / "whole" / "metrics.jsonl").read_text()
 
 
+def test_the_command_that_goes_on_names_what_the_run_was_computed_with(corpus, tmp_path, monkeypatch):
+    """Compiled or on another device the same steps round otherwise, and resuming takes neither from the checkpoint."""
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    monkeypatch.setattr(runs.Run, "look", lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(runs, "LOOK_EVERY", 4)
+    command = ["train_bert.py", *SMALL, "--data", corpus, "--compile", "--out", tmp_path / "run"]
+    out, _ = run(*command, code=130)
+    assert out == f"interrupted at step 5, saved. Go on with: python train_bert.py --resume --out {tmp_path / 'run'} --compile --device cpu\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_at_the_next_step(corpus, tmp_path, number, code):
@@ -45,5 +57,5 @@ def test_a_signal_saves_at_the_next_step(corpus, tmp_path, number, code):
     out, err = process.communicate(timeout=60)
     assert process.returncode == code and "Traceback" not in err
     step = saved(tmp_path / "run")["step"]
-    assert f"interrupted at step {step}, saved. Go on with: python train_bert.py --resume --out {tmp_path / 'run'}" in out
+    assert f"interrupted at step {step}, saved. Go on with: python train_bert.py --resume --out {tmp_path / 'run'} --device cpu\n" in out
     assert 0 <= step - logged(tmp_path / "run")[-1]["step"] < 3  # it is evaluated every third step
