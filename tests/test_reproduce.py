@@ -194,6 +194,11 @@ def test_tables_are_made_from_their_results(path):
     assert path.with_suffix(".md").read_text() == tables.markdown(json.loads(path.read_text()))
 
 
+def test_a_table_names_the_gpu_that_made_it_or_else_the_processor():
+    machine = {"processor": "A Processor", "cores": 2, "device": "cpu"}
+    assert tables.made_on(machine) == "A Processor" and tables.made_on(machine | {"device": "A GPU"}) == "A GPU"
+
+
 @pytest.mark.parametrize("page", reproduce.pages(), ids=lambda page: page.name)
 def test_pages_show_the_tables_of_results(page):
     assert tables.with_tables(page.read_text(), ROOT / "results") == page.read_text()
