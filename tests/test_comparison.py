@@ -76,6 +76,17 @@ def test_every_cure_is_compared_in_both_families_and_in_opt_at_two_rates():
     assert EXPERIMENTS["cures"].rows == EXPERIMENTS["cures-opt"].rows + EXPERIMENTS["cures-bert"].rows
 
 
+def test_the_wide_berts_differ_in_attention_and_rate_only():
+    experiment = EXPERIMENTS["wide"]
+    seen = []
+    for row in experiment.rows:
+        words = experiment.settings(row, "laptop")
+        last = lambda flag: words[len(words) - 1 - words[::-1].index(flag) + 1] if flag in words else None
+        seen.append((last("--attention"), last("--lr")))
+        assert (last("--width"), last("--warmup"), last("--steps"), last("--init-std")) == ("512", "4000", "75000", "0.025")
+    assert seen == [(attention, lr) for attention in (None, "clipped", "gated") for lr in ("0.0005", "0.0003")]
+
+
 def test_the_papers_own_rows_are_runs_of_other_tables():
     """Their folders are the same, so nothing is trained twice."""
     def folders(*names):
