@@ -235,9 +235,9 @@ FIG7 = tuple(
 
 WIDTHS = {
     "bert": {32: "--width 32 --lr 3e-3", 64: "--width 64 --lr 2e-3", 128: "",  # the laptop's own
-             256: "--width 256 --lr 7e-4 --init-std 0.035 --warmup 2000"},
+             256: "--width 256 --lr 7e-4 --init-std 0.035 --warmup 2000 --compile"},
     "opt": {32: "--width 32 --lr 7e-3", 64: "", 128: "--width 128 --lr 3.5e-3 --steps 20000",
-            256: "--width 256 --lr 2.5e-3 --steps 20000"},
+            256: "--width 256 --lr 2.5e-3 --steps 20000 --compile"},
 }
 LAW_ATTENTIONS = {
     "bert": {"vanilla": "", "gated": f"{GA} --gate linear --gate-init 0.5"},
