@@ -8,12 +8,14 @@ import pytest
 import torch
 
 import minq
-from minq import analysis, figures
+from minq import analysis
 from minq.checkpoints import from_checkpoint, load_checkpoint
 from minq.data import load_text
 from minq.outliers import is_outlier
 from minq.runs import open_run
 from running import SMALL, SMALL_VIT, run
+
+figures = pytest.importorskip("minq.figures", reason="pip install -e '.[plots]'")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -28,6 +27,8 @@ from minq.images import load_images
 from minq.pretrained import convert
 from minq.runs import open_run
 from minq.weights import read_tensors
+
+safetensors = pytest.importorskip("safetensors.torch")
 
 MANY = int(os.environ.get("MINQ_FUZZ", 0))
 GIB = 2 ** 30
@@ -241,7 +242,7 @@ def published(tmp_path_factory):
     for name in ("attention.output.LayerNorm", "output.LayerNorm"):
         shapes |= {f"encoder.layer.0.{name}.{part}": (w,) for part in ("weight", "bias")}
     tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
-    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    safetensors.save_file(tensors, folder / "model.safetensors")
     torch.save(tensors, folder / "pytorch_model.bin")
     config = {"model_type": "bert", "num_hidden_layers": 1, "hidden_size": w, "num_attention_heads": 2, "intermediate_size": f,
               "vocab_size": v, "max_position_embeddings": T, "hidden_act": "gelu", "layer_norm_eps": 1e-12}
