@@ -1,13 +1,14 @@
 """The classroom test: a student's own softmax, named in one place, works everywhere."""
 import inspect
 import json
+import re
 import shutil
 
 import pytest
 import torch
 import torch.nn as nn
 
-from minq import attention
+from minq import attention, model, quant
 from running import ROOT, SMALL, SMALL_VIT, run, saved, start
 
 
@@ -48,6 +49,34 @@ def test_it_trains_quantizes_and_is_measured(family, tmp_path):
 def test_a_flag_that_it_does_not_read_is_refused(corpus, tmp_path):
     _, err = run("train_bert.py", *SMALL, "--data", corpus, "--attention", "top-four", "--gamma", "-0.03", "--out", tmp_path / "run", code=2)
     assert "--gamma -0.03 needs --attention clipped, not top-four" in err and not (tmp_path / "run").exists()
+
+
+def with_pi_quantized():
+    """SelfAttention with the two lines of docs/exercises.md, edit 3."""
+    page, source = (ROOT / "docs" / "exercises.md").read_text(), inspect.getsource(attention.SelfAttention)
+    declared = re.search(r"^self\.pi_tap = .*", page, re.MULTILINE).group()
+    called = re.search(r"^context = context \* .*", page, re.MULTILINE).group()
+    last_tap, eq5 = "self.context_tap, self.attention_output_tap = Tap(), Tap()\n", r"context = context \* pi.*# eq\. 5"
+    assert source.count(last_tap) == 1 and len(re.findall(eq5, source)) == 1
+    edited = re.sub(eq5, called, source.replace(last_tap, f"{last_tap}        {declared}\n"))
+    namespace = dict(vars(attention))
+    exec(edited, namespace)
+    return namespace["SelfAttention"]
+
+
+@pytest.mark.parametrize("attention_with_a_gate", ["gated", "value-gate"])
+def test_the_edit_that_quantizes_pi_opens_a_run_of_before(attention_with_a_gate, corpus, tmp_path, monkeypatch):
+    run("train_opt.py", *SMALL, "--data", corpus, "--attention", attention_with_a_gate, "--out", tmp_path / "run")
+    rows = []
+    for edited in (False, True):
+        if edited:
+            variant = with_pi_quantized()
+            for module in (model, quant):
+                monkeypatch.setattr(module, "SelfAttention", variant)
+        run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, "--a-bits", 3, "--json", tmp_path / "table.json")
+        rows += json.loads((tmp_path / "table.json").read_text())
+    before, after = rows
+    assert after["fp"] == before["fp"] and after["quantized"]["8x3"]["mean"] != before["quantized"]["8x3"]["mean"]
 
 
 class SoftmaxPlus(nn.Module):
