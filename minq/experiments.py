@@ -281,7 +281,7 @@ or grow an outlier (README.md, "Grow one yourself"):
     python quantize.py runs/reproduce/bert-steps_400* --sweep"""),
     "table1": Experiment("Clipped softmax's gamma and zeta on BERT (Table 1)", TABLE1, recipes={"laptop": {"bert": BERT_SHORT}}),
     "table2": Experiment("The best of each family (Table 2)", TABLE2, seeds=2, recipes={"laptop": {"bert": BERT_LONG}}),
-    "table4": Experiment("BERT, all settings (Table 4)", TABLE4, recipes={"laptop": {"bert": BERT_MANY}}),
+    "table4": Experiment("BERT, all settings (Table 4)", TABLE4, quantize="--sweep", recipes={"laptop": {"bert": BERT_MANY}}),
     "table5": Experiment("OPT, all settings (Table 5)", TABLE5),
     "table6": Experiment("ViT, all settings (Table 6)", TABLE6),
     "table7": Experiment("Clipped softmax's gamma and zeta on ViT (Table 7)", TABLE7,
@@ -289,7 +289,7 @@ or grow an outlier (README.md, "Grow one yourself"):
     "table8": Experiment("Run time of a training step of the paper's models, dropout 0 (Table 8)", TABLE8, columns="runtime"),
     "fig6": Experiment("gamma = -alpha/T for several lengths T (Figure 6)", FIG6, xlabel="alpha (0 is vanilla)", recipes={
         "laptop": {"bert": "--width 64 --steps 1000 --lr 3e-3 --eval-every 1000"}, "paper": BERT_6L}),
-    "fig7": Experiment("How open gates start (Figure 7)", FIG7, xlabel="pi_init", recipes={
+    "fig7": Experiment("How open gates start (Figure 7)", FIG7, xlabel="pi_init", quantize="--sweep", recipes={
         "laptop": {"bert": BERT_MANY}, "paper": BERT_6L | {"vit": RECIPES["paper"]["vit"] + " --epochs 150"}}),
     "law": Experiment("How far outliers grow with the width", LAW, columns="law", xlabel="width d", quantize="--sweep",
                       recipes={"laptop": {"bert": BERT_MANY}}),

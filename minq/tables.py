@@ -139,10 +139,14 @@ def in_markdown(rows, words=1):
 
 # ---- columns: what a table shows of a row of results ----
 
+BITS = "bits at which 20% (ViT: 5 points) are lost"
+
+
 def quantized_columns(row):
     published = [part.strip() for part in row["published"].split("|")] if row["published"] else [""] * 4
     ours = {"FP": row["fp"], "max inf norm": row["max_inf_norm"], "avg kurtosis": row["avg_kurtosis"], "W8A8": row["quantized"]["8x8"]}
     return ({name: with_std(value, 3 if name in ("max inf norm", "avg kurtosis") else 4) for name, value in ours.items()}
+            | ({BITS: bits_at_loss(row)} if len(row["quantized"]) > 1 else {})
             | {f"{name} (paper)": value for name, value in zip(ours, published)})
 
 
@@ -151,7 +155,7 @@ def bits_columns(row):
     columns = {"FP": with_std(row["fp"])}
     for key, value in row["quantized"].items():
         columns[f"W{key.replace('x', 'A')}"] = f"{with_std(value)} ({cost(row, value):+.1f}{'' if row['metric'] == 'accuracy' else '%'})"
-    return columns | {"bits at which 20% (ViT: 5 points) are lost": bits_at_loss(row)}
+    return columns | {BITS: bits_at_loss(row)}
 
 
 def cost(row, value):

@@ -10,7 +10,7 @@ import reproduce
 from minq.comparison import COLUMNS, better_rates
 from minq.experiments import EXPERIMENTS, Experiment, Row
 from minq.cures import ATTENTIONS
-from minq.tables import bits_at_loss
+from minq.tables import BITS, bits_at_loss
 from running import SMALL, run
 
 
@@ -57,6 +57,13 @@ def test_a_cure_with_one_rate_left_is_shown_alone():
 
 def test_bits_of_every_seed_stand_beside_those_of_the_mean():
     assert bits_at_loss(result("vanilla", "", 10.0, seeds=2)) == "6.50 (6.50, 7.00)"  # 20% at 7 bits in the second
+
+
+def test_the_papers_columns_have_the_bits_where_more_widths_than_eight_were_tried():
+    row = result("vanilla", "", 10.0, published="4.49 | 735 | 3076 | 1294")
+    swept = COLUMNS["quantized"](row)
+    assert swept[BITS] == "6.50" and swept["W8A8"] == "10" and swept["W8A8 (paper)"] == "1294"
+    assert list(COLUMNS["quantized"](row | {"quantized": {"8x8": row["quantized"]["8x8"]}})) == [key for key in swept if key != BITS]
 
 
 def test_every_cure_is_compared_in_both_families_and_in_opt_at_two_rates():
