@@ -1,111 +1,99 @@
 """Quantize trained runs after training and print the paper's table (sec. 5, Tables 1, 2, 4-7).
 
     python quantize.py runs/bert-*-s0                      W8A8, three calibration seeds each
-    python quantize.py runs/bert-*-s0 --sweep              8 down to 4 bits
-    python quantize.py runs/bert-vanilla-s0 --best         every pair of range estimators, the best kept
-    python quantize.py runs/bert-vanilla-s0 --taps         which tensor does the damage
-    python quantize.py runs/bert-vanilla-s0 --integer      the same on int8, and its speed
+    python quantize.py runs/bert-*-s0 --bits 8 7 6 5 4
+    python quantize.py runs/bert-vanilla-s0 --best         every pair of range estimators, the best
+    python -m lab.damage runs/bert-vanilla-s0              which tensor does it; lab/ has more
 """
-import copy
+import json
 import math
 from itertools import product
-from pathlib import Path
 
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
+import lab.cures  # more attentions: runs that have one open
 from minq import flags
-from minq.damage import by_kind, scores
-from minq.errors import one_line_errors
-from minq.export import execute, export_row
-from minq.growth import growth
-from minq.outliers import watch
+from minq.outliers import growth, watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, quantize_model
-from minq.remedies import compare
 from minq.runs import open_run
-from minq.tables import EXTRA_TABLES, json_row, mean_and_std, runs_table, with_std, write_rows
-from minq.training import pick_device
+from minq.training import mean_and_std, outlier_columns, pick_device, with_std
+
+METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑"}
+SETTINGS = ("norm", "optimizer", "decay_layernorm", "patch_layernorm", "fake_quant", "seq_len",
+            "steps", "data", "data_sha256")  # in --json, beside those of the attention
 
 
-@one_line_errors
+@flags.one_line_errors
 def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
+    flags.add_run_flags(parser)
     add = parser.add_argument
-    add("runs", nargs="+", action=flags.Distinct, metavar="RUN", help="a run's folder, or what --export wrote")
-    add("--w-bits", type=flags.bits, default=8, help="bits of weights, 2 to 16")
-    add("--a-bits", type=flags.bits, default=8, help="bits of activations, 2 to 16")
-    add("--sweep", action="store_true", help="both at 8, 7, 6, 5 and 4 bits")
-    add("--w-estimator", choices=W_ESTIMATORS, default="minmax", help="range of weights (sec. C.4)")
-    add("--a-estimator", choices=A_ESTIMATORS, default="running", help="of activations (sec. C.4)")
+    add("--bits", type=flags.bits, nargs="+", default=[8], help="of weights and activations")
+    add("--w-bits", type=flags.bits, help="of weights, where they differ")
+    add("--a-bits", type=flags.bits, help="of activations, where they differ")
+    add("--w-estimator", choices=W_ESTIMATORS, default="minmax", help="weights' range (sec. C.4)")
+    add("--a-estimator", choices=A_ESTIMATORS, default="running", help="activations' range")
     add("--best", action="store_true", help="try every pair of these, keep the best")
-    add("--w-granularity", choices=("tensor", "channel"), default="tensor", help="weights sharing a scale")
-    add("--batches", type=flags.positive, default=16, help="calibration batches, from the training split")
-    add("--seeds", type=flags.positive, default=3, help="calibrations per run, for mean and deviation")
-    add("--eval-batches", type=flags.positive, help="validation batches; by default as in training")
-    add("--data", type=flags.place, help="where the runs' data is now")
-    add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
-    add("--sqnr", action="store_true", help="also the last hidden states' signal to noise")
-    add("--taps", action="store_true", help="also quantize one kind of tensor at a time")
-    add("--remedies", action="store_true", help="also every remedy of minq/remedies.py, at --bits")
-    add("--bits", type=flags.bits, nargs="+", action=flags.Distinct, help="widths for --remedies; by default 8 6 4")
-    add("--integer", action="store_true", help="also run on real integers (minq/integer.py)")
-    add("--export", type=flags.new_file, metavar="FILE", help="write the integer model there, a RUN like others")
-    add("--json", type=flags.new_file, metavar="FILE", help="write the table there, too")
+    add("--w-granularity", choices=("tensor", "channel"), default="tensor", help="with one scale")
     args = parser.parse_args(argv)
-    flags.settle_quantization(args)
     device = pick_device(args.device)
-    widths = [(bits, bits) for bits in (8, 7, 6, 5, 4)] if args.sweep else [(args.w_bits, args.a_bits)]
-    pairs = [*product(W_ESTIMATORS, A_ESTIMATORS)] if args.best else [(args.w_estimator, args.a_estimator)]
-
-    # ---- every run, and all that could be wrong with it ----
-    files = [name for name in args.runs if Path(name).is_file()]
-    runs = [open_run(name, device, args.data) for name in args.runs if name not in files]
+    widths = [(args.w_bits or b, args.a_bits or b) for b in args.bits]
+    pairs = [*product(W_ESTIMATORS, A_ESTIMATORS)] if args.best else [
+        (args.w_estimator, args.a_estimator)]
 
     # ---- floating point and quantized ----
-    rows = [export_row(name, device, args) for name in files]
+    rows, runs = [], [open_run(name, device, args.data) for name in args.runs]
     with tqdm(total=len(runs) * len(widths) * len(pairs) * args.seeds, unit="model") as progress:
         for run in runs:
-            with watch(run.model, {run.model.norm_tap, *run.model.kurtosis_taps}, growth) as outliers:
-                fp = scores(run, run.model, args.sqnr, args.eval_batches)[run.model.metric]
-            quantized = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
-            rows.append(json_row(run, fp, quantized, outliers))
-            if args.taps:
-                build = lambda: quantize_model(copy.deepcopy(run.model), *widths[0], *pairs[0], args.w_granularity)
-                rows[-1]["taps"] = by_kind(run, build, args.batches, args.eval_batches)
-            if args.integer:
-                rows[-1]["integer"] = execute(run, *next(iter(quantized.items())), args)
-            if args.remedies:
-                rows[-1]["remedies"] = compare(run, args.bits or (8, 6, 4), args.seeds, args.batches, args.eval_batches)
+            taps = dict.fromkeys((run.model.norm_tap, *run.model.kurtosis_taps))
+            with watch(run.model, taps, growth) as outliers:
+                fp = run.score(run.model, args.eval_batches)
+            found = {f"{w}x{a}": best_of(run, w, a, pairs, args, progress) for w, a in widths}
+            rows.append({"run": run.name, "family": run.model.family, **settings(run), "fp": fp,
+                         "quantized": found, **outlier_columns(run.model, outliers)})
 
     # ---- report ----
-    print(runs_table(rows))
-    for each in rows:
-        for extra in [name for name in EXTRA_TABLES if name in each]:
-            print(f"\n{EXTRA_TABLES[extra](each)}")
     if args.json:
-        write_rows(rows, args.json)
+        flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+    print(flags.markdown([in_words(row) for row in rows], words=2))
 
 
 def best_of(run, w_bits, a_bits, pairs, args, progress):
-    """Of all pairs of range estimators the best: the metric's mean, deviation and values over calibrations."""
-    metric, tried = run.model.metric, {}
+    """Of all pairs of range estimators the best: the metric's mean and deviation over seeds."""
+    tried = []
     for pair in pairs:
-        found = []
+        values = []
         for seed in range(args.seeds):
-            model = quantize_model(copy.deepcopy(run.model), w_bits, a_bits, *pair, args.w_granularity)
+            model = quantize_model(run.model, w_bits, a_bits, *pair, args.w_granularity)
             run.calibrate(model, seed, args.batches)
-            with parametrize.cached():
-                found.append(scores(run, model, args.sqnr, args.eval_batches))
+            values.append(run.score(model, args.eval_batches))
             progress.update()
-        over_seeds = {name: mean_and_std([each[name] for each in found]) for name in found[0]}
         name = "{} weights, {} activations".format(*pair)
-        tried[name] = over_seeds.pop(metric) | over_seeds | {"estimators": name}
-    sign = 1 if metric == "perplexity" else -1  # of "smaller is better"; NaN is the worst
-    best = min(tried.values(), key=lambda x: math.inf if math.isnan(x["mean"]) else sign * x["mean"])
-    for name, result in tried.items() if args.best else ():
-        progress.write(f"{run.name} W{w_bits}A{a_bits}, {name}: {with_std(result)}{' <- best' * (result is best)}")
+        tried.append(mean_and_std(values) | {"estimators": name})
+    sign = 1 if run.model.metric == "perplexity" else -1  # of "smaller is better"
+    best = min(tried, key=lambda x: math.inf if math.isnan(x["mean"]) else sign * x["mean"])
+    for x in tried if args.best else ():
+        progress.write(f"{run.name} W{w_bits}A{a_bits}, {x['estimators']}: {with_std(x)}"
+                       + " <- best" * (x is best))
     return best
+
+
+def settings(run):
+    """What --json has of a run's settings; those that its attention does not read are null."""
+    config, checkpoint = run.model.config, run.checkpoint
+    known = checkpoint["args"] | vars(config) | {"data_sha256": checkpoint["data_sha256"]}
+    shown = flags.attention_settings(config) | {key: known.get(key) for key in SETTINGS}
+    return {"attention": config.attention, "seed": known["seed"], "metric": run.model.metric,
+            "settings": shown}
+
+
+def in_words(row):
+    """The paper's columns."""
+    return {"run": row["run"], "metric": METRICS[row["metric"]], "FP32": f"{row['fp']:.4g}",
+            "max inf norm": f"{row['max_inf_norm']:.3g}",
+            "avg kurtosis (not excess)": f"{row['avg_kurtosis']:.3g}",
+            **{f"W{key.replace('x', 'A')}": with_std(x) for key, x in row["quantized"].items()}}
 
 
 if __name__ == "__main__":

@@ -7,45 +7,47 @@
 """
 import torch
 import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
 
+import lab.cures, lab.integer_training, lab.muon  # more names for --attention, --optimizer ...
 from minq import flags
-from minq.data import IGNORE, MaskedText, load_text
-from minq.errors import one_line_errors
+from minq.data import IGNORE, TEXTS, MaskedText, load_text
+from minq.fake_quant import LINEARS, fake_quantize_training
 from minq.model import Bert, BertConfig
-from minq.runs import Run
-from minq.training import (OPTIMIZERS, autocast, linear_schedule, parameter_groups, pick_device, pick_precision,
-                           set_lr, start_processes, to_device)
+from minq.runs import Run, resume
+from minq.training import (OPTIMIZERS, autocast, compiled, linear_schedule, parameter_groups,
+                           pick_device, pick_precision, set_lr, start_processes, to_device)
 
 # ---- recipes ----
 
-DEFAULTS = dict(
-    attention="vanilla", alpha=4.0,
-    layers=12, width=768, heads=12, seq_len=128, init_std=0.02, positions="normal",
-    data="stdlib", mask_prob=0.15,
+PAPER = dict(  # C.1
+    layers=12, width=768, heads=12, seq_len=128, dropout=0.1, init_std=0.02, positions="normal",
+    alpha=4.0, data="stdlib", mask_prob=0.15,
     steps=1_000_000, batch_size=256, accumulate=1, lr=1e-4, warmup=10_000, weight_decay=0.01,
-    decay_layernorm=False, clip=1.0, dropout=0.1, seed=0, optimizer="adamw",
-    precision="fp16", eval_every=10_000, eval_batches=64, save_every=10_000)
+    clip=1.0, seed=0, precision="fp16", eval_every=10_000, eval_batches=64, save_every=10_000)
 
 PRESETS = {
-    "laptop": dict(alpha=1.0, layers=4, width=128, heads=4, seq_len=64, init_std=0.05, positions="sinusoid",
-                   steps=2400, batch_size=16, lr=1.5e-3, warmup=200, dropout=0.0,
-                   precision=None, eval_every=400, eval_batches=64, save_every=400),
-    "paper": dict(),  # C.1
-    "bert-6l": dict(layers=6, steps=500_000, batch_size=128),  # sec. 5.2, 5.3
-    "blog": dict(batch_size=128, alpha=None, gamma=-0.025, gate="mlp", gate_hidden=16),  # the blog's Table 1
+    "laptop": PAPER | dict(
+        layers=4, width=128, heads=4, seq_len=64, dropout=0.0, init_std=0.05, positions="sinusoid",
+        alpha=1.0, steps=2400, batch_size=16, lr=1.5e-3, warmup=200,
+        precision=None, eval_every=400, eval_batches=64, save_every=400),
+    "paper": PAPER,
+    "bert-6l": PAPER | dict(layers=6, steps=500_000, batch_size=128),  # sec. 5.2, 5.3
+    "blog": PAPER | dict(batch_size=128, alpha=None, gamma=-0.025, gate="mlp", gate_hidden=16),
 }
 
 
-@one_line_errors
+@flags.one_line_errors
 def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
-    flags.add_shared_flags(parser)
-    flags.add_text_flags(parser)
-    parser.add_argument("--positions", choices=("normal", "sinusoid"), help="how the learned position table starts")
-    parser.add_argument("--mask-prob", type=flags.number(float, above=0, below=1), help="share of tokens to predict")
-    args, _, checkpoint = flags.read_flags("bert", parser, DEFAULTS, PRESETS, argv)
-    start_processes()
+    flags.add_config_flags(parser, BertConfig)
+    flags.add_text_flags(parser, TEXTS)
+    parser.add_argument("--mask-prob", type=flags.fraction, help="share of tokens to predict")
+    flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
+    args, typed = flags.read_flags("bert", BertConfig, parser, PRESETS, argv)
+    checkpoint = resume(args, typed, "bert") if args.resume else None
+    rank, world = start_processes()
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
 
@@ -63,18 +65,25 @@ def main(argv=None):
     optimizer = OPTIMIZERS[args.optimizer](model, groups, lr=args.lr, betas=(0.9, 0.999))
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
+    # ---- as it is called in training: in eight bits (the blog), compiled, on many devices ----
+    if args.fake_quant:
+        fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity,
+                               args.fake_quant_linear)
+    trained = compiled(model) if args.compile else model
+    trained = DistributedDataParallel(trained) if world > 1 else trained
+
     # ---- loop: the run counts, resumes, evaluates, logs, saves and reports (minq/runs.py) ----
-    run = Run(args, data, model, optimizer, scaler, checkpoint)
+    run = Run(args, data, model, trained, optimizer, scaler, checkpoint)
     for step in run.steps():
         set_lr(optimizer, args.lr * linear_schedule(step, args.warmup, args.steps))
         tokens, labels = data.train_batch(args.seed, step, args.batch_size * args.accumulate)
-        predictions = (labels != IGNORE).sum()  # in the global batch: its slices' losses add up to its mean
-        for batch in run.slices(tokens, labels):
+        predictions = (labels != IGNORE).sum()  # micro-batches add up to the global batch's mean
+        for batch in run.micro_batches(tokens, labels):
             inputs, targets = to_device(data.to_model(*batch), device)
             with autocast(device, args.precision):
-                logits = run.trained(*inputs)  # (N, vocab), at the masked positions
+                logits = trained(*inputs)  # (N, vocab), at the masked positions
             loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-            loss = loss * (run.world / predictions)  # DDP takes the mean over processes
+            loss = loss * (world / predictions)  # DDP takes the mean over processes
             scaler.scale(loss).backward()
             run.step_loss += loss.detach()
         scaler.unscale_(optimizer)

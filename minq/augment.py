@@ -2,9 +2,10 @@
 
     images, targets = augment(images, labels, classes, Draws(seed), size=224)
 
-The paper names the pieces; where it gives no strength, the defaults are those of timm's ViT recipes.
-Pieces, in timm's order: random resized crop, flip, RandAugment, colour jitter, Mixup or CutMix, label
-smoothing. (timm drops the jitter when RandAugment is on. The paper lists both, so both are applied.)
+The paper names the pieces; where it gives no strength, the defaults are those of timm's ViT
+recipes. Pieces, in timm's order: random resized crop, flip, RandAugment, colour jitter, Mixup or
+CutMix, label smoothing. (timm drops the jitter when RandAugment is on. The paper lists both, so
+both are applied.)
 
 Images are floats in [0, 1], (B, 3, H, W), and nothing rounds them to 8 bits between two pieces, as
 PIL does. Randomness comes from `draws` alone; they are made on the device of the images.
@@ -15,29 +16,40 @@ import torch
 import torch.nn.functional as F
 
 
-def augment(images, labels, classes, draws, *, size, crop_scale=(0.08, 1.0), crop_ratio=(3 / 4, 4 / 3), flip=0.5,
-            rand_layers=2, rand_magnitude=9.0, jitter=0.4, mixup=0.8, cutmix=1.0, label_smoothing=0.1):
-    """A training batch: images (B, 3, H, W), labels (B,) -> images (B, 3, size, size), soft targets (B, classes).
+PIECES = {  # name of a strength -> (type, most, help); 0 switches a piece off
+    "crop_scale": (float, 1, "smallest share of the area that a random crop keeps"),
+    "flip": (float, 1, "probability of a horizontal flip"),
+    "rand_augment": (int, 100, "RandAugment operations per image"),
+    "rand_magnitude": (float, 10, "their magnitude, 0 to 10"),
+    "jitter": (float, 1, "colour jitter: brightness, contrast, saturation"),
+    "mixup": (float, None, "alpha of Mixup's Beta distribution"),
+    "cutmix": (float, None, "alpha of CutMix's Beta distribution"),
+    "label_smoothing": (float, 1, "epsilon"),
+}
 
-    What 0 switches off: `flip`, `rand_layers`, `jitter`, `mixup`, `cutmix`, `label_smoothing`. With
-    `crop_scale` None the images are cropped as for evaluation.
+
+def augment(images, labels, classes, draws, size, crop_scale=0.08, flip=0.5, rand_augment=2,
+            rand_magnitude=9.0, jitter=0.4, mixup=0.8, cutmix=1.0, label_smoothing=0.1):
+    """A training batch: images (B, 3, H, W), labels (B,) -> images (B, 3, size, size) and soft
+    targets (B, classes). 0 switches a piece off; without `crop_scale`, the smallest share of the
+    area that a crop keeps, images are cropped as for evaluation.
     """
     if crop_scale:
-        images = random_resized_crop(images, size, crop_scale, crop_ratio, draws)
+        images = random_resized_crop(images, size, (crop_scale, 1.0), (3 / 4, 4 / 3), draws)
     else:
         images = centre_crop(images, size)
     images = random_flip(images, flip, draws)
-    images = rand_augment(images, rand_layers, rand_magnitude, draws)
+    images = randomly_augmented(images, rand_augment, rand_magnitude, draws)
     images = colour_jitter(images, jitter, draws)
     images, lam = mix(images, mixup, cutmix, draws)
     return images, soft_targets(labels, classes, label_smoothing, lam)
 
 
 class Draws:
-    """The random numbers of a batch, a function of `seed`: one for the batch, or one for each of its n images.
+    """The random numbers of a batch, a function of `seed`: one for the batch, or one per image.
 
-    A slice of a batch says what `places` of how many, `size`, it holds: all numbers are drawn for the whole
-    and the slice gets its own, so that they do not depend on how a batch is sliced.
+    A slice of a batch says what `places` of how many, `size`, it holds: all numbers are drawn for
+    the whole and the slice gets its own, so that they do not depend on how a batch is sliced.
     """
 
     def __init__(self, seed, device="cpu", places=None, size=None):
@@ -63,7 +75,7 @@ class Draws:
     def beta(self, alpha):
         """One draw from Beta(alpha, alpha), as the share of one of two gamma draws."""
         shape = torch.full((2,), alpha, dtype=torch.float64, device=self.generator.device)
-        a, b = torch._standard_gamma(shape, generator=self.generator).tolist()  # torch.distributions takes no generator
+        a, b = torch._standard_gamma(shape, generator=self.generator).tolist()
         return a / (a + b)
 
     def part(self, numbers):
@@ -78,14 +90,14 @@ def per_image(values):
 # ---- crop and flip ----
 
 def random_resized_crop(images, size, scale, ratio, draws):
-    """Cut a random box out of each image and resize it to size x size, by bilinear or bicubic interpolation."""
+    """Cut a random box out of each image and resize it to size x size, bilinear or bicubic."""
     B, _, H, W = images.shape
     boxes = draw_boxes(B, H, W, scale, ratio, draws)
     return crop_and_resize(images, boxes, size, bicubic=draws.uniform(B) < 0.5)
 
 
 def draw_boxes(n, height, width, scale, ratio, draws):
-    """n boxes as (top, left, height, width), each (n,), drawn as torchvision's RandomResizedCrop does.
+    """n boxes (top, left, height, width), each (n,), drawn as torchvision's RandomResizedCrop does.
 
     A try is an area, uniform between the two of `scale` (as a share of the image), and a ratio
     width / height, log-uniform between the two of `ratio`. The first that fits is put anywhere in
@@ -121,14 +133,16 @@ def crop_and_resize(images, boxes, size, bicubic):
 
 
 def resize_matrix(start, length, full, size, bicubic):
-    """(B, size, full): what each of `full` pixels gives to each of `size`, which span [start, start + length).
+    """(B, size, full): what each of `full` pixels gives to each of `size`, which span
+    [start, start + length).
 
     start, length, bicubic: (B,). The filter, a triangle or a cubic (a = -1/2, as in PIL), is
     stretched when pixels get fewer, so that each of them counts.
     """
     start, length, bicubic = (x[:, None, None] for x in (start, length, bicubic))
     scale = length / size
-    centre = start + (torch.arange(size, device=start.device)[:, None] + 0.5) * scale  # (B, size, 1)
+    row = torch.arange(size, device=start.device)[:, None]
+    centre = start + (row + 0.5) * scale  # (B, size, 1)
     pixel = torch.arange(full, device=start.device) + 0.5  # (full)
     t = ((pixel - centre) / scale.clamp(min=1.0)).abs().clamp(max=2.0)
     cubic = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2)
@@ -144,9 +158,9 @@ def random_flip(images, probability, draws):
 
 
 def centre_crop(images, size):
-    """For evaluation: resize the shorter side to size / 0.875 (bicubic, antialiased), cut out the centre.
+    """For evaluation: resize the shorter side to size / 0.875 (bicubic), cut out the centre.
 
-    Images that are size x size already stay as they are: the small images of CIFAR have no margin to lose.
+    Images that are size x size already stay as they are: CIFAR's have no margin to lose.
     """
     H, W = images.shape[-2:]
     if (H, W) == (size, size):
@@ -184,7 +198,7 @@ def saturation(x, factor):
 
 
 def sharpness(x, factor):
-    """Blend with PIL's SMOOTH: a 3 x 3 mean in which the middle counts 5 times; it leaves the border."""
+    """Blend with PIL's SMOOTH: a 3 x 3 mean, the middle counts 5 times; it leaves the border."""
     kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
     smooth = x.clone()
     smooth[..., 1:-1, 1:-1] = F.conv2d(x, kernel.expand(3, 1, 3, 3), groups=3)
@@ -192,7 +206,7 @@ def sharpness(x, factor):
 
 
 def auto_contrast(x):
-    """Stretch each channel to [0, 1], unless it is all one level (resizing leaves traces in the last bits)."""
+    """Stretch each channel to [0, 1], unless it is all one level (but for the last bits)."""
     low, high = x.amin(dim=(2, 3), keepdim=True), x.amax(dim=(2, 3), keepdim=True)
     return torch.where(high - low > 0.5 / 255, (x - low) / (high - low), x)
 
@@ -203,7 +217,7 @@ def equalize(x):
     count = torch.zeros(*levels.shape[:2], 256, dtype=torch.long, device=x.device)
     count.scatter_add_(2, levels, torch.ones_like(levels))
     brightest = count.gather(2, levels.amax(dim=2, keepdim=True))
-    step = (levels.shape[2] - brightest) // 255  # pixels per new level; the brightest level is not counted
+    step = (levels.shape[2] - brightest) // 255  # pixels per new level, the brightest left out
     below = count.cumsum(dim=2) - count
     table = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
     equalized = table.gather(2, levels).view_as(x) / 255
@@ -227,7 +241,7 @@ def solarize_add(x, addend):
 
 
 def colour_jitter(images, strength, draws):
-    """Brightness, contrast and saturation, in random order, each times a factor in 1 +- strength per image."""
+    """Brightness, contrast and saturation, in random order, by a factor in 1 +- strength each."""
     if not strength:
         return images
     jitters = (brightness, contrast, saturation)
@@ -239,7 +253,7 @@ def colour_jitter(images, strength, draws):
 # ---- geometry: x (n, 3, S, S), arguments (n,) or one number -> (n, 3, S, S) ----
 
 def warp(x, xx=1.0, xy=0.0, dx=0.0, yx=0.0, yy=1.0, dy=0.0):
-    """The output's (x, y) shows the input's (xx * x + xy * y + dx, yx * x + yy * y + dy), both in [-1, 1].
+    """The output's (x, y) shows the input's (xx x + xy y + dx, yx x + yy y + dy), in [-1, 1].
 
     Outside the input it is grey, 128 of 255 (timm: the mean of the data). Bilinear (timm: bilinear
     or bicubic at random).
@@ -249,7 +263,8 @@ def warp(x, xx=1.0, xy=0.0, dx=0.0, yx=0.0, yy=1.0, dy=0.0):
         matrix[:, i] = entry
     grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)  # (n, S, S, 2)
     outside = (grid.abs() > 1).any(dim=-1).unsqueeze(1)
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False).masked_fill_(outside, 128 / 255)
+    warped = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    return warped.masked_fill_(outside, 128 / 255)
 
 
 def rotate(x, degrees):
@@ -260,8 +275,9 @@ def rotate(x, degrees):
 
 # ---- RandAugment (timm's rand-m9-mstd0.5-inc1) ----
 
-# m: magnitude / 10, in [0, 1]; s: m or -m, as a coin decides. "Increasing": a higher magnitude changes more.
-# The image is 2 wide and high; a shear leaves its first row or column, y = -1 or x = -1, where it is.
+# m: magnitude / 10, in [0, 1]; s: m or -m, as a coin decides. "Increasing": a higher magnitude
+# changes more. The image is 2 wide and high; a shear leaves its first row or column, y = -1 or
+# x = -1, where it is.
 OPS = {
     "AutoContrast": lambda x, m, s: auto_contrast(x),
     "Equalize": lambda x, m, s: equalize(x),
@@ -281,7 +297,7 @@ OPS = {
 }
 
 
-def rand_augment(images, layers, magnitude, draws):
+def randomly_augmented(images, layers, magnitude, draws):
     """`layers` times: each image draws an operation and, with probability 1/2, undergoes it.
 
     The magnitude gets Gaussian noise of standard deviation 0.5 and stays within [0, 10].
@@ -297,7 +313,7 @@ def rand_augment(images, layers, magnitude, draws):
 
 
 def apply_ops(images, op, signed):
-    """Image i undergoes operation op[i] of OPS (-1: none) at magnitude 10 * |signed[i]|; each runs once, batched."""
+    """Image i undergoes operation op[i] of OPS (-1: none) at magnitude 10 * |signed[i]|."""
     images = images.clone()
     for k, function in enumerate(OPS.values()):
         chosen = (op == k).nonzero()[:, 0]
@@ -310,15 +326,14 @@ def apply_ops(images, op, signed):
 # ---- Mixup, CutMix, label smoothing ----
 
 def neighbours(x):
-    """Each row's partner: rows 0 and 1 change places, 2 and 3, and so on; an odd one at the end is its own.
-
+    """Each row's partner: 0 and 1 change places, 2 and 3, and so on; a last odd one is its own.
     (timm turns the batch around. But then a slice of a batch would lack its partners.)
     """
     return x[(torch.arange(len(x), device=x.device) ^ 1).clamp(max=len(x) - 1)]
 
 
 def mix(images, mixup_alpha, cutmix_alpha, draws):
-    """Mixup or CutMix (a coin decides, once per batch) with each image's neighbour -> images, lambda.
+    """Mixup or CutMix (a coin decides per batch) with each image's neighbour -> images, lambda.
 
     lambda ~ Beta(alpha, alpha) is the share that an image keeps of itself, 1 if both alphas are 0.
     """
@@ -326,13 +341,15 @@ def mix(images, mixup_alpha, cutmix_alpha, draws):
         return images, 1.0
     cuts = draws.one() < 0.5 if mixup_alpha and cutmix_alpha else not mixup_alpha
     lam = draws.beta(cutmix_alpha if cuts else mixup_alpha)
-    return cutmix(images, lam, draws) if cuts else (lam * images + (1 - lam) * neighbours(images), lam)
+    if cuts:
+        return cutmix(images, lam, draws)
+    return lam * images + (1 - lam) * neighbours(images), lam
 
 
 def cutmix(images, lam, draws):
-    """Paste a box of the partner's over each image -> images, the share that is really left of each.
+    """Paste a box of the partner's over each image -> images, the share that is left of each.
 
-    The box has 1 - lam of the area, but its centre is anywhere in the image, so part of it may lie outside.
+    The box has 1 - lam of the area, but its centre is anywhere: part of it may lie outside.
     """
     H, W = images.shape[-2:]
     half_h, half_w = (int(side * math.sqrt(1 - lam)) // 2 for side in (H, W))
@@ -344,7 +361,8 @@ def cutmix(images, lam, draws):
 
 
 def soft_targets(labels, classes, smoothing=0.0, lam=1.0):
-    """(B,) -> (B, classes): smoothing / classes everywhere, the rest on the label; lam of that, the rest the partner's."""
+    """(B,) -> (B, classes): smoothing / classes everywhere, the rest on the label; lam of that,
+    the rest the partner's."""
     off = smoothing / classes
     y = torch.full((len(labels), classes), off, device=labels.device)
     y.scatter_(1, labels[:, None], 1 - smoothing + off)

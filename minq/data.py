@@ -5,30 +5,33 @@ processes or micro-batches, sees the same data.
 """
 import hashlib
 import json
+import os
+import shutil
 import sysconfig
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from minq.download import ENWIK8, unpacked
-from minq.errors import UserError
-from minq.images import Images, load_images, mapped_files, share
+from minq.flags import UserError
 
 IGNORE = -100            # a label that is not predicted (cross_entropy's default)
-VALIDATION_SHARE = 0.1   # the last tenth of a text
+VALIDATION_SHARE = 0.1   # the last tenth of a text; of an array of images a tenth
 SPECIALS = ("pad", "cls", "sep", "mask")
 BYTES = 256
 BACKCOPY_SYMBOLS = 64
+ENWIK8 = ("http://mattmahoney.net/dc/enwik8.zip",  # 100 MB of Wikipedia
+          "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc")
 
 
 # ---- corpora ----
 
 @dataclass
 class Text:
-    """A corpus: `tokens` (uint8 or uint16), whether they are bytes or else (if known) the words that they
-    stand for, the size of its vocabulary with specials, and the specials' ids."""
+    """A corpus: `tokens` (uint8 or uint16), whether they are bytes or else (if known) the words
+    that they stand for, the size of its vocabulary with specials, and the specials' ids."""
     tokens: np.ndarray
     is_bytes: bool
     words: list | None
@@ -46,37 +49,58 @@ class Text:
 
 
 def load_text(source, vocab_size=None, special_ids=None):
-    """Open `--data`: a name in TEXTS, a file or folder of text (read as bytes), or a .bin of uint16 tokens.
+    """Open `--data`: a name in TEXTS, a file or folder of text (read as bytes), or a .bin.
 
-    A .bin needs `vocab_size`; its special tokens are `special_ids` (pad, cls, sep, mask), or
-    follow the vocabulary; a list of its words may lie beside it, as .json. Raises UserError for anything that cannot be read.
+    A .bin needs `vocab_size`; its special tokens are `special_ids` (pad, cls, sep, mask), or follow
+    the vocabulary; a list of its words may lie beside it, as .json. Raises UserError for anything
+    that cannot be read.
     """
-    is_bin = str(source).endswith(".bin")
-    if is_bin != (vocab_size is not None):
-        raise UserError(f"--data {source} needs --vocab-size, the number of its tokens" if is_bin else
-                        f"--vocab-size {vocab_size} is for .bin files of tokens; --data {source} is read as bytes")
-    if special_ids and not is_bin:
-        raise UserError(f"--special-ids {special_ids} is for .bin files of tokens; --data {source} is read as bytes")
-    if is_bin:
-        tokens = read_tokens(Path(source), vocab_size)
-    elif source in TEXTS:
-        tokens, vocab_size = TEXTS[source]()
-    else:
-        tokens, vocab_size = as_bytes(read_bytes(Path(source))), BYTES
+    path, is_bin = Path(source), str(source).endswith(".bin")
+    if is_bin != (vocab_size is not None) or special_ids and not is_bin:
+        raise UserError(f"--data {source}: --vocab-size and --special-ids are for .bin files of "
+                        "tokens, which need --vocab-size; all else is read as bytes")
+    words = None
+    try:
+        if is_bin:
+            tokens, names = read_tokens(path), path.with_suffix(".json")
+            words = json.loads(names.read_text("utf-8")) if names.exists() else None
+        elif source in TEXTS:
+            tokens, vocab_size = TEXTS[source]()
+        else:
+            tokens, vocab_size = as_bytes(read_bytes(path)), BYTES
+    except (OSError, ValueError) as error:
+        raise UserError(f"--data {source}: {error}; built in: {', '.join(TEXTS)}") from None
     if tokens.size and tokens.max() >= vocab_size:
-        raise UserError(f"--data {source}: holds token {tokens.max()}; its vocabulary has {vocab_size}")
+        raise UserError(f"--data {source}: holds token {tokens.max()}; expected less than "
+                        f"{vocab_size} (--vocab-size)")
     ids = special_ids or range(vocab_size, vocab_size + len(SPECIALS))
-    is_bytes = not is_bin and vocab_size == BYTES
-    words = read_words(Path(source)) if is_bin else None
-    return Text(tokens, is_bytes, words, max(vocab_size, max(ids) + 1), *ids, sha256=hashlib.sha256(tokens).hexdigest())
+    return Text(tokens, not is_bin and vocab_size == BYTES, words, max(vocab_size, max(ids) + 1),
+                *ids, sha256=hashlib.sha256(tokens).hexdigest())
 
 
 def as_bytes(text):
     return np.frombuffer(text, dtype=np.uint8)
 
 
+def read_bytes(path):
+    """All bytes of a file, or of the files below a folder in the order of their names."""
+    below = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+    text = b"\n".join(file.read_bytes() for file in (below if path.is_dir() else [path]))
+    if not text:
+        raise UserError(f"--data {path}: is empty; expected text")
+    return text
+
+
+def read_tokens(path):
+    """A .bin file, memory-mapped: little-endian uint16, one per token (nanoGPT's convention)."""
+    size = path.stat().st_size
+    if size == 0 or size % 2:
+        raise UserError(f"--data {path}: has {size} bytes; expected uint16 tokens, two bytes each")
+    return np.memmap(path, dtype="<u2", mode="r")
+
+
 def stdlib_source():
-    """The source of the Python standard library, tests left out, in the order of the file names."""
+    """The source of the Python standard library, tests left out, in the order of file names."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
     paths = [path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts)
@@ -88,7 +112,7 @@ def stdlib_source():
 
 
 def bigram_backcopy(chains=16_384, length=256, triggers=3, seed=0):
-    """The Bigram-Backcopy task (Guo et al., "Active-Dormant Attention Heads"), uint8 (chains * length,).
+    """The Bigram-Backcopy task (Guo et al., "Active-Dormant Attention Heads"), uint8.
 
     Symbols are the most frequent bytes of the standard library, 0 the most frequent, and follow its
     bigrams; but after one of the first `triggers` symbols comes a copy of the symbol before it. A
@@ -100,8 +124,8 @@ def bigram_backcopy(chains=16_384, length=256, triggers=3, seed=0):
     symbol[by_frequency] = np.arange(256)
     symbols = symbol[source]
     symbols = symbols[symbols < BACKCOPY_SYMBOLS].astype(np.int64)
-    pairs = np.bincount(symbols[:-1] * BACKCOPY_SYMBOLS + symbols[1:], minlength=BACKCOPY_SYMBOLS ** 2)
-    pairs = pairs.reshape(BACKCOPY_SYMBOLS, BACKCOPY_SYMBOLS)
+    pairs = np.bincount(symbols[:-1] * BACKCOPY_SYMBOLS + symbols[1:],
+                        minlength=BACKCOPY_SYMBOLS ** 2).reshape(BACKCOPY_SYMBOLS, -1)
     cumulative = pairs.cumsum(axis=1) / pairs.sum(axis=1, keepdims=True)
 
     rng = np.random.default_rng(seed)
@@ -114,75 +138,59 @@ def bigram_backcopy(chains=16_384, length=256, triggers=3, seed=0):
     return chain.T.reshape(-1)
 
 
-# A name for --data -> (tokens uint8, size of their vocabulary). To add one, write its function and name it here.
+def downloaded(name, url, sha256):
+    """The path of the file or folder `name` in an archive, kept in ~/.cache/minq (or
+    XDG_CACHE_HOME/minq); the first call downloads it, checks it and unpacks it."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minq")
+    if (cache / name).exists():
+        return cache / name
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # complete, or not there at all
+            packed = Path(scratch, url.rpartition("/")[2])
+            torch.hub.download_url_to_file(url, str(packed), hash_prefix=sha256)
+            shutil.unpack_archive(packed, scratch, **{"filter": "data"} if ".tar" in url else {})
+            os.replace(Path(scratch, name), cache / name)
+    except (OSError, RuntimeError, shutil.ReadError) as error:
+        raise UserError(f"--data {name}: {url} cannot be downloaded: {error}; "
+                        f"or put {name} into {cache} yourself") from None
+    return cache / name
+
+
+# A name for --data -> (tokens uint8, size of their vocabulary). To add one, name it here.
 TEXTS = {
     "stdlib": lambda: (as_bytes(stdlib_source()), BYTES),
     "backcopy": lambda: (bigram_backcopy(), BACKCOPY_SYMBOLS),
-    "enwik8": lambda: (np.memmap(unpacked(ENWIK8, "--data enwik8"), dtype=np.uint8, mode="r"), BYTES),
+    "enwik8": lambda: (np.memmap(downloaded("enwik8", *ENWIK8), np.uint8, "r"), BYTES),
 }
 
 
-def read_bytes(path, flag="--data"):
-    """All bytes of a file, or of the files below a folder in the order of their names. `flag` named it."""
-    if not path.exists():
-        raise UserError(f"{flag} {path}: no such file or folder; built in: {', '.join(TEXTS)}")
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    try:
-        text = b"\n".join(file.read_bytes() for file in files)
-    except OSError as error:
-        raise UserError(f"{flag} {path}: cannot be read: {error.strerror}: {error.filename}") from None
-    if not text:
-        raise UserError(f"{flag} {path}: is empty; expected text")
-    return text
-
-
-def read_tokens(path, vocab_size):
-    """A .bin file, memory-mapped: little-endian uint16, one a token (nanoGPT's convention)."""
-    if not path.is_file():
-        raise UserError(f"--data {path}: no such file")
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise UserError(f"--data {path}: has {size} bytes; expected uint16 tokens, two bytes each")
-    try:
-        tokens = np.memmap(path, dtype="<u2", mode="r")
-    except OSError as error:
-        raise UserError(f"--data {path}: cannot be read: {error.strerror}") from None
-    if tokens.max() >= vocab_size:
-        raise UserError(f"--data {path}: holds token {tokens.max()}, but --vocab-size is {vocab_size}")
-    return tokens
-
-
-def read_words(path):
-    """What each token id of a .bin stands for: a list of strings in the .json beside it, or None without one."""
-    path = path.with_suffix(".json")
-    try:
-        words = json.loads(path.read_text()) if path.exists() else None
-    except (OSError, ValueError, RecursionError):
-        words = []
-    if words is not None and not (words and isinstance(words, list) and all(isinstance(word, str) for word in words)):
-        raise UserError(f"{path}: expected a list of words, one a token id, in JSON")
-    return words
-
-
 # ---- batches ----
+
+def spread(available, size, batches, rank=0, world=1):
+    """Which items each validation batch holds: always the same, evenly spread, none twice. Of
+    `world` processes each gets its part, or all where there are too few batches."""
+    chosen = np.linspace(0, available - 1, min(available, size * batches)).astype(int)
+    starts = range(0, len(chosen), size)
+    for i in starts[rank::world] if len(starts) >= world else starts:
+        yield i, chosen[i:i + size]
+
 
 class Windows:
     """Windows of a text: at random places for training, evenly spread and apart for validation.
 
     A subclass sets `window`, their length, and turns them into (tokens, labels) with `sequences`.
     """
-    unit = "tokens"
 
     def __init__(self, text, seq_len, window):
         if window < 1:
-            raise UserError(f"--seq-len {seq_len} leaves no room beside the special tokens; expected at least 3")
+            raise UserError(f"--seq-len {seq_len}: expected at least 3, for [CLS] and [SEP]")
         for name in ("train", "validation"):
             if len(text.split(name)) < window:
                 raise UserError(f"--data: its {name} part has {len(text.split(name))} tokens, "
                                 f"fewer than one sequence of --seq-len {seq_len}")
         self.text, self.seq_len, self.window, self.sha256 = text, seq_len, window, text.sha256
-        self.files = mapped_files(text.tokens)
-        self.sizes = {"seq_len": seq_len, "vocab_size": text.vocab_size}  # as the model's config must have them
+        self.sizes = {"seq_len": seq_len, "vocab_size": text.vocab_size}  # what a model must take
 
     def train_batch(self, seed, step, size):
         """(tokens, labels), int64 (size, T), always the same for the same (seed, step)."""
@@ -193,18 +201,12 @@ class Windows:
     def validation_batches(self, size, batches, rank=0, world=1):
         """Up to `batches` pairs (tokens, labels), always the same, that do not overlap."""
         tokens = self.text.split("validation")
-        available = len(tokens) // self.window
-        chosen = np.linspace(0, available - 1, min(available, size * batches)).astype(int)
-        for i in share(range(0, len(chosen), size), rank, world):
-            yield self.sequences(tokens, chosen[i:i + size] * self.window, np.random.default_rng((0, i)))
-
-    def sequences(self, tokens, starts, rng):
-        """Sequences of the text from `starts` on, (tokens, labels)."""
-        raise NotImplementedError
+        for i, chosen in spread(len(tokens) // self.window, size, batches, rank, world):
+            yield self.sequences(tokens, chosen * self.window, np.random.default_rng((0, i)))
 
 
 class MaskedText(Windows):
-    """Sequences [CLS] + T-2 tokens + [SEP] with masked tokens to predict (Devlin et al.; paper, C.1)."""
+    """Sequences [CLS] + T-2 tokens + [SEP] with masked tokens to predict (Devlin et al.; C.1)."""
 
     def __init__(self, text, seq_len, mask_prob=0.15):
         super().__init__(text, seq_len, window=seq_len - 2)
@@ -213,14 +215,14 @@ class MaskedText(Windows):
         self.ordinary = np.setdiff1d(np.arange(text.vocab_size), self.specials)
 
     def sequences(self, text, starts, rng):
-        """Choose 15% of the tokens as labels; of these 80% become [MASK], 10% a random token, 10% stay."""
+        """Choose 15% of the tokens as labels; of these 80% become [MASK], 10% a random token."""
         tokens = np.empty((len(starts), self.seq_len), dtype=np.int64)
         tokens[:, 0], tokens[:, -1] = self.text.cls, self.text.sep
         tokens[:, 1:-1] = text[starts[:, None] + np.arange(self.window)]
         special = np.isin(tokens, self.specials)
 
         chosen = (rng.random(tokens.shape) < self.mask_prob) & ~special
-        if self.mask_prob > 0 and not chosen.any():  # a tiny batch: its loss is a mean over at least one
+        if self.mask_prob > 0 and not chosen.any():  # a tiny batch: its loss is a mean over one
             chosen.flat[rng.choice(np.flatnonzero(~special), size=1)] = True
         labels = np.where(chosen, tokens, IGNORE)
         fate = rng.random(tokens.shape)
@@ -232,12 +234,13 @@ class MaskedText(Windows):
     def to_model(self, tokens, labels):
         """Arrays -> ((tokens, positions), targets): the model predicts at flat `positions` only.
 
-        With a mask_prob of 0 there is nothing to predict, and all tokens are the targets: for an encoder.
+        With a mask_prob of 0 there is nothing to predict, and all tokens are the targets.
         """
         if self.mask_prob == 0:
             return (torch.from_numpy(tokens),), torch.from_numpy(tokens)
         positions = np.flatnonzero(labels != IGNORE)
-        return (torch.from_numpy(tokens), torch.from_numpy(positions)), torch.from_numpy(labels.reshape(-1)[positions])
+        targets = torch.from_numpy(labels.reshape(-1)[positions])
+        return (torch.from_numpy(tokens), torch.from_numpy(positions)), targets
 
 
 class CausalText(Windows):
@@ -248,39 +251,10 @@ class CausalText(Windows):
 
     def sequences(self, text, starts, rng):
         labels = text[starts[:, None] + np.arange(self.window)].astype(np.int64)
-        tokens = np.concatenate((np.full((len(starts), 1), self.text.cls), labels[:, :-1]), axis=1)
-        return tokens, labels
+        start = np.full((len(starts), 1), self.text.cls)
+        return np.concatenate((start, labels[:, :-1]), axis=1), labels
 
     @staticmethod
     def to_model(tokens, labels):
         """Arrays -> ((tokens,), targets), both (B, T)."""
         return (torch.from_numpy(tokens),), torch.from_numpy(labels)
-
-
-# ---- a run's data ----
-
-def open_data(args):
-    """The data of a run, from its arguments (a dict): images, masked text or causal text, as they tell.
-
-    An object with `sha256`, `unit`, `files`, train_batch(seed, step, size) and validation_batches(size, batches,
-    rank, world), which give arrays, and to_model(*arrays) -> (inputs, targets).
-    """
-    if "image_size" in args:
-        return Images(load_images(args["data"]), args["image_size"])
-    text = load_text(args["data"], args["vocab_size"], args["special_ids"])
-    if "mask_prob" in args:
-        return MaskedText(text, args["seq_len"], args["mask_prob"])
-    return CausalText(text, args["seq_len"])
-
-
-def stamps(files):
-    """{file: (size, time of its last change)}, None for one that is gone."""
-    return {file: (file.stat().st_size, file.stat().st_mtime_ns) if file.exists() else None for file in map(Path, files)}
-
-
-def require_unchanged(then):
-    """Raise UserError if a file that training reads from is no longer what it was when `then` was taken of it."""
-    for file, now in stamps(then).items():
-        if now != then[file]:
-            raise UserError(f"--data {file}: was changed while this run reads it; put the old file back and --resume, "
-                            "or begin another run")

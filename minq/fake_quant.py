@@ -1,10 +1,10 @@
 """Training in eight bits from the first step (the blog).
 
-    fake_quantize_training(model, w_bits=8, a_bits=8)     # and train it: every product sees 8 bits
+    fake_quantize_training(model, w_bits=8, a_bits=8)     # and train it: products see 8 bits
     with fake_quantization_off(model): ...                # the same weights in floating point
 
-A transformer's forward pass multiplies matrices in six places of a layer, and each product has two
-operands. Both are rounded to a grid (eq. 1) just before they meet:
+A transformer's forward pass multiplies matrices in six places of a layer, and each product has
+two operands. Both are rounded to a grid (eq. 1) just before they meet:
 
     product                     left operand            right operand
     x W_q, x W_k, x W_v         what the layer gets     three weights
@@ -15,27 +15,32 @@ operands. Both are rounded to a grid (eq. 1) just before they meet:
     hidden W_down               the FFN's hidden units  a weight
 
 Activations have a scale and a zero point of their own for every token, taken from the token as it
-arrives: dynamic, nothing to calibrate. Weights are symmetric, with a scale per tensor. Nothing else is
-rounded: the residual stream, LayerNorms, the softmax, gates, biases and the final linear layer stay
-in floating point. (After training, quant.py rounds every named tensor instead, with fixed ranges.)
+arrives: dynamic, nothing to calibrate. Weights are symmetric, with a scale per tensor. Nothing
+else is rounded: the residual stream, LayerNorms, the softmax, gates, biases and the final linear
+layer stay in floating point. (After training, quant.py rounds every named tensor instead, with
+fixed ranges.)
 
-Rounding is a staircase: its gradient is 0 almost everywhere, and nothing would learn. So the backward
-pass takes it for the identity (`StraightThrough`): the gradient of the rounded operand is handed to
-the original as it is. Weights are kept and updated in floating point; the grid sees them anew each step.
+Rounding is a staircase: its gradient is 0 almost everywhere, and nothing would learn. So the
+backward pass takes it for the identity (`StraightThrough`): the gradient of the rounded operand is
+handed to the original as it is. Weights are kept and updated in floating point; the grid sees them
+anew each step.
 
-Could integers compute this? In a sum over k of x[t, k] w[k, n] a scale per token t or per tensor can be
-taken out in front; what is left to add up are integers. So the Linears could run, and so could
-queries keys^T, whose scales belong to tokens on either side. But probs values sums over the tokens that
-the values belong to: each term has another scale, and none can be taken out. Per token, that product is
-a simulation which no integer kernel can follow; with `--fake-quant-granularity tensor` it could.
-`--integer` (integer_training.py) runs the Linears so.
+Could integers compute this? In a sum over k of x[t, k] w[k, n] a scale per token t or per tensor
+can be taken out in front; what is left to add up are integers. So the Linears could run, and so
+could queries keys^T, whose scales belong to tokens on either side. But probs values sums over the
+tokens that the values belong to: each term has another scale, and none can be taken out. Per
+token, that product is a simulation which no integer kernel can follow; with
+`--fake-quant-granularity tensor` it could. (lab/integer_training.py runs the Linears so.)
 """
+from contextlib import contextmanager
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 from minq.attention import SelfAttention
-from minq.quant import affine_parameters, fake_quantize, minmax_threshold, switched, value_range
+from minq.flags import UserError
+from minq.quant import affine_parameters, fake_quantize, minmax_threshold, value_range
 
 
 class StraightThrough(torch.autograd.Function):
@@ -43,7 +48,8 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, low, high, n_bits, symmetric):
-        return fake_quantize(x, *affine_parameters(low, high, n_bits, symmetric), n_bits, symmetric)
+        parameters = affine_parameters(low, high, n_bits, symmetric)
+        return fake_quantize(x, *parameters, n_bits, symmetric)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -51,21 +57,20 @@ class StraightThrough(torch.autograd.Function):
 
 
 def token_range(x):
-    """(low, high) of each token, that is of each row of the last dimension: (..., d) -> (..., 1)."""
+    """(low, high) of each token, each row of the last dimension: (..., d) -> (..., 1)."""
     x = x.float()
-    return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # on CPUs faster than torch.aminmax
+    return x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)  # faster than torch.aminmax
 
 
 GRANULARITIES = {"token": token_range, "tensor": value_range}
 
 
 class DynamicQuantizer(nn.Module):
-    """Asymmetric fake quantization of an activation by its own range: of each token, or of the tensor."""
-    active = True
+    """Asymmetric fake quantization of an activation by its own range: per token, or per tensor."""
 
     def __init__(self, n_bits=8, granularity="token"):
         super().__init__()
-        self.n_bits, self.granularity = n_bits, granularity
+        self.n_bits, self.granularity, self.active = n_bits, granularity, True
 
     def forward(self, x):
         if not self.active:
@@ -75,19 +80,19 @@ class DynamicQuantizer(nn.Module):
 
 
 class DynamicWeightQuantizer(nn.Module):
-    """Symmetric per-tensor fake quantization of a weight, a scale for each of its `parts` (W_q, W_k, W_v)."""
-    active = True
+    """Symmetric per-tensor fake quantization of a weight; each of its `parts` has a scale."""
 
     def __init__(self, n_bits=8, parts=1):
         super().__init__()
-        self.n_bits, self.parts = n_bits, parts
+        self.n_bits, self.parts, self.active = n_bits, parts, True
 
     def forward(self, weight):
         if not self.active:
             return weight
         groups = weight.reshape(self.parts, -1)
         threshold = minmax_threshold(groups.detach(), self.n_bits)
-        return StraightThrough.apply(groups, -threshold, threshold, self.n_bits, True).view_as(weight)
+        on_grid = StraightThrough.apply(groups, -threshold, threshold, self.n_bits, True)
+        return on_grid.view_as(weight)
 
 
 class FakeQuantLinear(nn.Module):
@@ -103,24 +108,37 @@ class FakeQuantLinear(nn.Module):
         return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
 
 
-def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token", linear=FakeQuantLinear):
-    """Quantize the operands of all matrix products of `model` in place, ready to be trained, and return it.
+LINEARS = {"simulated": FakeQuantLinear}  # lab/integer_training.py has another
 
-    linear: what stands in for an nn.Linear; integer_training.py has another.
 
-    Parameters stay the same objects under the same names: its state_dict fits the float model.
+def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token", linear="simulated"):
+    """Quantize the operands of all matrix products of `model` in place, ready to be trained.
+
+    linear: what stands in for an nn.Linear, a key of LINEARS. Parameters stay the same objects
+    under the same names: its state_dict fits the float model. Returns `model`.
     """
+    if model.config.fused:
+        raise UserError("--fused has no operands to quantize; leave it out with --fake-quant")
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, nn.Linear) and name != model.final_linear:
-            setattr(model.get_submodule(parent), child, linear(module, w_bits, a_bits, granularity))
+            quantized = LINEARS[linear](module, w_bits, a_bits, granularity)
+            setattr(model.get_submodule(parent), child, quantized)
         if isinstance(module, SelfAttention):
             for tap in ("queries_tap", "keys_tap", "values_tap", "probs_tap"):
                 setattr(module, tap, DynamicQuantizer(a_bits, granularity))
     return model
 
 
+@contextmanager
 def fake_quantization_off(model):
-    """A context in which a `fake_quantize_training` model computes in floating point."""
-    kinds = (DynamicQuantizer, DynamicWeightQuantizer)
-    return switched([module for module in model.modules() if isinstance(module, kinds)], active=False)
+    """While active, a `fake_quantize_training` model computes in floating point."""
+    quantizers = [module for module in model.modules() if hasattr(module, "active")]
+    before = [quantizer.active for quantizer in quantizers]
+    for quantizer in quantizers:
+        quantizer.active = False
+    try:
+        yield
+    finally:
+        for quantizer, active in zip(quantizers, before):
+            quantizer.active = active

@@ -9,94 +9,107 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn as nn
 
-from minq.attention import CAUSAL_ONLY, SelfAttention, Tap
-from minq.dropout import Dropout
-from minq.errors import UserError
+from minq.attention import ATTENTIONS, GATES, Dropout, SelfAttention, Tap
+from minq.flags import (UserError, above_0, at_least_0, at_least_1, at_most_0, below_1,
+                        config_flags, flag, fraction, option, positive)
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+NORMS = {"layernorm": lambda c: nn.LayerNorm(c.width, eps=c.norm_eps)}
 
 
-# ---- configuration ----
+# ---- configuration: what has a help text is a flag of the training scripts, too ----
+
+CLIPPED, ROW, GATED = ("clipped",), ("clipped", "row-clipped"), ("gated",)  # who reads a setting
+
 
 @dataclass
 class Config:
     """What a block needs to know. The families below add their own fields and defaults."""
-    layers: int = 4
-    width: int = 128
-    heads: int = 4
-    ffn: int | None = None     # hidden units of the feed-forward network; None: 4 * width
-    seq_len: int = 64          # T, the most tokens a sequence can have
-    dropout: float = 0.0
-    attention: str = "vanilla"  # a key of attention.ATTENTIONS
-    gamma: float | None = None  # eq. 4; None: -alpha / T (sec. 5.2), or 0 without alpha
-    zeta: float = 1.0          # eq. 4
-    alpha: float | None = None
-    gate: str = "linear"       # a key of attention.GATES, for attention="gated"
-    gate_hidden: int = 4       # n_hid of the MLP gate
-    gate_init: float = 0.5     # pi_init, how open a gate starts
-    pre_norm: bool = False     # LayerNorm before attention and FFN instead of after the residual sum
+    layers: int = flag(4, "number of blocks", type=positive)
+    width: int = flag(128, "hidden dimensions, d_model", type=positive)
+    heads: int = flag(4, "attention heads per layer; divides --width", type=positive)
+    ffn: int | None = flag(None, "hidden units of the FFN; by default 4 x width", type=positive)
+    dropout: float = flag(0.0, "dropout probability", type=below_1)
+    norm: str = flag("layernorm", "of every norm; rmsnorm has no gain", choices=NORMS)
+    init_std: float = flag(0.02, "deviation of initial weights", type=above_0)
+    attention: str = flag("vanilla", "what the heads do (sec. 4)", choices=ATTENTIONS)
+    gamma: float | None = flag(None, "lower stretch factor (eq. 4)", CLIPPED, type=at_most_0)
+    zeta: float = flag(1.0, "upper stretch factor (eq. 4)", ROW, type=at_least_1)
+    alpha: float | None = flag(None, "gamma = -alpha / T (sec. 5.2)", ROW, type=at_least_0)
+    gate: str = flag("linear", "the gate's network (Table 3)", GATED, choices=GATES)
+    gate_hidden: int = flag(4, "hidden units n_hid of the MLP gate", GATED, type=positive)
+    gate_init: float = flag(0.5, "pi_init, how open gates start (sec. 5.3)", GATED, type=fraction)
+    fused: bool = flag(False, "train with PyTorch's fused attention; softmax must be plain")
+    activation: str = flag("gelu", "of the FFN", choices=ACTIVATIONS)
+    pre_norm: bool = False  # LayerNorm before attention and FFN, not after the residual sum
     causal: bool = False
-    activation: str = "gelu"   # a key of ACTIVATIONS
-    norm: str = "layernorm"    # a key of NORMS
     norm_eps: float = 1e-12
-    init_std: float = 0.02
 
     def __post_init__(self):
+        for f in config_flags(type(self)):
+            value, choices = getattr(self, f.name), f.metadata["options"].get("choices")
+            if choices and value not in choices:
+                raise UserError(f"{option(f.name)} {value}: expected one of {', '.join(choices)}")
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
-        if self.attention in CAUSAL_ONLY and not self.causal:
-            raise UserError(f"--attention {self.attention} needs a causal model, whose rows differ in length")
+        if self.fused and self.attention not in ("vanilla", "gated"):
+            raise UserError(f"--fused needs a plain softmax; --attention {self.attention} has none")
         if self.ffn is None:
             self.ffn = 4 * self.width
         if self.gamma is None:
             self.gamma = 0.0 if self.alpha is None else -self.alpha / self.seq_len  # sec. 5.2
 
     @classmethod
-    def of(cls, args, **derived):
-        """From a script's arguments, by name: those that are None keep the defaults above."""
-        named = {field.name: getattr(args, field.name, None) for field in fields(cls)}
-        return cls(**{name: value for name, value in named.items() if value is not None} | derived)
+    def of(cls, args, **sizes):
+        """From a script's arguments, by name, and `sizes` that its data tell."""
+        known = {field.name for field in fields(cls)}
+        return cls(**{name: x for name, x in vars(args).items() if name in known} | sizes)
 
 
 @dataclass
 class BertConfig(Config):
     """Defaults of BERT (Devlin et al.): post-LN, GELU."""
+    seq_len: int = flag(64, "T, tokens per sequence", type=positive)
+    positions: str = flag("normal", "how positions start", choices=("normal", "sinusoid"))
     vocab_size: int = 260
-    positions: str = "normal"  # how the learned table starts; or "sinusoid"
     masked_head: bool = True   # False: an encoder, which gives its last hidden states
 
 
 @dataclass
 class OptConfig(Config):
     """Defaults of OPT (Zhang et al.; paper, C.2): pre-LN, causal, ReLU."""
+    seq_len: int = flag(64, "T, tokens per sequence", type=positive)
+    activation: str = flag("relu", "of the FFN", choices=ACTIVATIONS)
+    init_std: float = flag(0.006, "deviation of initial weights", type=above_0)
     pre_norm: bool = True
     causal: bool = True
-    activation: str = "relu"
     norm_eps: float = 1e-5
-    init_std: float = 0.006
     vocab_size: int = 260
 
 
 @dataclass
 class ViTConfig(Config):
-    """Defaults of ViT (Dosovitskiy et al.; paper, C.3): pre-LN, GELU. T is one more than the patches: [CLS]."""
+    """Defaults of ViT (Dosovitskiy et al.; paper, C.3): pre-LN, GELU."""
+    patch_size: int = flag(4, "pixels per side of a patch", type=positive)
+    patch_layernorm: bool = flag(False, "LayerNorm after the patch embedding (Table 6)")
     pre_norm: bool = True
     norm_eps: float = 1e-6
     image_size: int = 32
-    patch_size: int = 4
     classes: int = 10
-    patch_layernorm: bool = False  # a LayerNorm after the patch embedding (Table 6)
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise UserError(f"--patch-size {self.patch_size} does not divide the images' {self.image_size} pixels")
-        self.seq_len = 1 + (self.image_size // self.patch_size) ** 2
+            raise UserError(f"--patch-size {self.patch_size} does not divide the images' "
+                            f"{self.image_size} pixels")
         super().__post_init__()
+
+    @property
+    def seq_len(self):
+        """T: [CLS] and the patches"""
+        return 1 + (self.image_size // self.patch_size) ** 2
 
 
 # ---- the block ----
-
-ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
-NORMS = {"layernorm": lambda c: nn.LayerNorm(c.width, eps=c.norm_eps)}
-
 
 class Block(nn.Module):
     """Attention and a feed-forward network, each with a residual sum and a LayerNorm.
@@ -118,8 +131,8 @@ class Block(nn.Module):
 
         self.norm1_tap, self.residual1_tap = Tap(), Tap()
         self.ffn_hidden_tap, self.ffn_output_tap = Tap(), Tap()
-        self.norm2_tap = Tap() if config.pre_norm else None  # post-LN: norm2 gives the layer's output
-        self.residual2_tap = None if config.pre_norm else Tap()  # pre-LN: the second sum is the layer's output
+        self.norm2_tap = Tap() if config.pre_norm else None  # post-LN: it gives the layer's output
+        self.residual2_tap = None if config.pre_norm else Tap()  # pre-LN: it is the layer's output
         self.layer_output_tap = Tap()
 
     def feed_forward(self, x):
@@ -144,12 +157,12 @@ class Block(nn.Module):
 class Bert(nn.Module):
     """BERT for masked language modelling, post-LN; one segment only, so no segment embedding."""
 
-    family, config_class, metric = "bert", BertConfig, "perplexity"
+    family, config_class = "bert", BertConfig
     hidden_tap = "layer_output"  # whose last place is the last hidden states
     norm_tap = "ffn_output"  # Table 2's max inf. norm; post-LN writes its outliers there
     kurtosis_taps = ("ffn_output", "layer_output")  # its avg. kurtosis, as in the authors' code
     float_modules = ("head",)  # stays in floating point when the rest is quantized (sec. 5)
-    final_linear = "head.decoder"  # stays in floating point in fake-quantized training (the blog)
+    final_linear = "head.decoder"  # and in fake-quantized training (the blog)
 
     def __init__(self, config):
         super().__init__()
@@ -161,14 +174,14 @@ class Bert(nn.Module):
         self.embedding_norm_tap = Tap()
         self.dropout = Dropout(config.dropout)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
-        if config.masked_head:
-            self.head = MaskedHead(config, self.token_embedding.weight)
-        else:
-            self.head, self.metric = nn.Identity(), "sqnr"  # nothing to predict: how near to floating point
+        self.head = MaskedHead(config, self.token_embedding) if config.masked_head else None
+        # without a head there is nothing to predict: how near to floating point do states stay?
+        self.metric = "perplexity" if config.masked_head else "sqnr"
 
         initialize(self, config.init_std)
         if config.positions == "sinusoid":
-            self.position_embedding.weight.data = sinusoids(config.seq_len, config.width, config.init_std)
+            waves = sinusoids(config.seq_len, config.width, config.init_std)
+            self.position_embedding.weight.data = waves
 
     def forward(self, tokens, positions=None):
         """tokens (B, T) -> logits (B, T, vocab), or (N, vocab) at N flat `positions` into B * T.
@@ -183,19 +196,19 @@ class Bert(nn.Module):
             x = layer(x)
         if positions is not None:
             x = x.flatten(0, 1)[positions]  # (N, width)
-        return self.head(x)
+        return x if self.head is None else self.head(x)
 
 
 class MaskedHead(nn.Module):
-    """BERT's prediction head: transform, activation, LayerNorm, and a decoder that shares the token table."""
+    """BERT's prediction head: transform, activation, LayerNorm, decoder tied to the token table."""
 
-    def __init__(self, config, token_table):
+    def __init__(self, config, token_embedding):
         super().__init__()
         self.transform = nn.Linear(config.width, config.width)
         self.activation = ACTIVATIONS[config.activation]()
         self.norm = NORMS[config.norm](config)
         self.decoder = nn.Linear(config.width, config.vocab_size)
-        self.decoder.weight = token_table
+        self.decoder.weight = token_embedding.weight
 
     def forward(self, x):
         return self.decoder(self.norm(self.activation(self.transform(x))))
@@ -209,7 +222,8 @@ class Opt(nn.Module):
     family, config_class, metric = "opt", OptConfig, "perplexity"
     hidden_tap = "final_norm"
     norm_tap = "layer_output"
-    kurtosis_taps = ("layer_output", "ffn_output", "attention_output", "norm1", "norm2", "final_norm")
+    kurtosis_taps = ("layer_output", "ffn_output", "attention_output",
+                     "norm1", "norm2", "final_norm")
     float_modules = ("decoder",)  # stays in floating point when the rest is quantized (sec. 5)
     final_linear = "decoder"  # and in fake-quantized training
 
@@ -229,7 +243,8 @@ class Opt(nn.Module):
     def forward(self, tokens):
         """tokens (B, T) -> logits of each next token (B, T, vocab)"""
         T = tokens.shape[1]
-        x = self.embedding_sum_tap(self.token_embedding(tokens) + self.position_embedding.weight[:T])  # (B, T, width)
+        x = self.token_embedding(tokens) + self.position_embedding.weight[:T]  # (B, T, width)
+        x = self.embedding_sum_tap(x)
         for layer in self.layers:
             x = layer(x)
         return self.decoder(self.final_norm_tap(self.final_norm(x)))
@@ -238,7 +253,7 @@ class Opt(nn.Module):
 # ---- ViT ----
 
 class ViT(nn.Module):
-    """A vision transformer, pre-LN; the class is read off the [CLS] token. All of it is quantized."""
+    """A vision transformer, pre-LN; the class is read off the [CLS] token. All is quantized."""
 
     family, config_class, metric = "vit", ViTConfig, "accuracy"
     hidden_tap = "final_norm"
@@ -266,7 +281,8 @@ class ViT(nn.Module):
 
     def forward(self, images):
         """images (B, 3, H, W) in [0, 1] -> logits (B, classes)"""
-        x = self.patch_embedding_tap(self.patch_embedding(self.patches(2 * images - 1)))  # (B, patches, width)
+        patches = self.patches(2 * images - 1)  # (B, patches, 3 * patch_size^2)
+        x = self.patch_embedding_tap(self.patch_embedding(patches))  # (B, patches, width)
         if self.patch_norm is not None:
             x = self.patch_norm_tap(self.patch_norm(x))
         cls = self.cls_embedding.weight.to(x.dtype).expand(len(x), 1, -1)
@@ -279,7 +295,8 @@ class ViT(nn.Module):
     def patches(self, images):
         """(B, 3, H, W) -> (B, patches, 3 * patch_size^2), row by row"""
         size = self.config.patch_size
-        x = images.unflatten(3, (-1, size)).unflatten(2, (-1, size))  # (B, 3, rows, size, columns, size)
+        x = images.unflatten(3, (-1, size))  # (B, 3, H, columns, size)
+        x = x.unflatten(2, (-1, size))  # (B, 3, rows, size, columns, size)
         return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
@@ -308,7 +325,8 @@ def sinusoids(length, width, rms):
     position = torch.arange(length)[:, None]
     frequency = length ** (-torch.arange(0, width, 2) / width)
     angle = position * frequency  # (length, width / 2)
-    return rms * math.sqrt(2) * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
+    waves = torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)[:, :width]
+    return rms * math.sqrt(2) * waves
 
 
 FAMILIES = {model.family: model for model in (Bert, Opt, ViT)}

@@ -1,17 +1,17 @@
-"""How strong a model's outliers are: infinity norm, kurtosis, and 6-sigma counts (paper, sec. 3 and 5).
+"""How strong a model's outliers are: infinity norm, kurtosis, 6-sigma counts (paper, sec. 3 and 5).
 
     with watch(model, ("ffn_output", *model.kurtosis_taps)) as outliers:
         for inputs, _ in validation_batches:
             model(*inputs)
     outliers.max_inf_norm("ffn_output"), outliers.avg_kurtosis(*model.kurtosis_taps)
 
-Here x is one activation of a batch, (B, T, d); a "tensor" in the paper's sense is one sample's (T, d).
+Here x is one activation of a batch, (B, T, d); a "tensor" in the paper's sense is one sample's
+(T, d).
 """
 from contextlib import ExitStack, contextmanager
 
 import torch
 
-from minq.model import Block
 
 # ---- metrics: one value per sample ----
 
@@ -24,8 +24,8 @@ def inf_norm(x):
 def kurtosis(x):
     """mean((x - mu)^4) / std^4 over each sample's (T, d): (B, T, d) -> (B,).
 
-    Not excess (a Gaussian has 3), population standard deviation, no epsilon: a constant sample gives
-    NaN, or 1 where its mean is rounded.
+    Not excess (a Gaussian has 3), population standard deviation, no epsilon: a constant sample
+    gives NaN, or 1 where its mean is rounded.
     """
     x = x.float().flatten(1)
     squares = (x - x.mean(dim=1, keepdim=True)).square_()
@@ -33,15 +33,42 @@ def kurtosis(x):
 
 
 def is_outlier(x):
-    """Which values lie more than 6 standard deviations from their sample's mean (footnote 1), bool (B, T, d)."""
+    """Which values lie more than 6 standard deviations from their sample's mean (footnote 1)."""
     flat = x.float().flatten(1)
     std, mean = torch.std_mean(flat, dim=1, correction=0, keepdim=True)
     return ((flat - mean).abs() > 6 * std).view_as(x)
 
 
 def norms_and_kurtosis(x):
-    """The paper's two metrics."""
+    """For `watch`: the paper's two metrics."""
     return {"inf_norm": inf_norm(x), "kurtosis": kurtosis(x)}
+
+
+def growth(x):
+    """For `watch`: the paper's metrics, and of each sample's largest |value|, M, in (B, ..., d):
+
+    sigma           standard deviation of all values but those in M's dimension, (B,)
+    max_over_sigma  M / sigma, (B,)
+    share           M^2 / sum of squares of M's token: its share of its token's energy, (B,)
+
+    A LayerNorm divides a token by its own deviation: once the share is nearly 1 the normalized
+    token hardly changes any more, and there is nothing left to gain from growing.
+    What lies between B and d counts as tokens: (B, T, d), or (B, H, T, d_head) of queries.
+    """
+    metrics = norms_and_kurtosis(x)
+    x = x.float().flatten(1, -2)  # (B, tokens, d)
+    samples, d = torch.arange(len(x), device=x.device), x.shape[-1]
+    top, place = x.abs().flatten(1).max(dim=1)  # (B,)
+    token, dimension = place // d, place % d
+    share = top.square() / x[samples, token].square().sum(dim=1)
+
+    others, n = x.clone(), x.shape[1] * (d - 1)
+    others[samples, :, dimension] = 0.0
+    mean = others.sum(dim=(1, 2), keepdim=True) / n
+    squares = (others - mean).square()
+    squares[samples, :, dimension] = 0.0
+    sigma = (squares.sum(dim=(1, 2)) / n).sqrt()
+    return metrics | {"sigma": sigma, "max_over_sigma": top / sigma, "share": share}
 
 
 # ---- listening to a model ----
@@ -51,28 +78,30 @@ def listening(model, taps, hear):
     """While active, call hear(tap, place, x) with what passes the named taps.
 
     taps: names without the _tap suffix; or "layer_input", what a block gets; or "gate_output", pi.
-    place: how many of that name come before it in the model; the layer, from 0, for a tap of a block.
+    place: how many of that name come before it in the model; of a block's tap the layer, from 0.
     Yields a dict: tap -> its number of places.
     """
     places = dict.fromkeys(taps, 0)
+
+    def listen(register, tap, seen):
+        place = places[tap]
+        places[tap] += 1
+        hooks.callback(register(lambda *passed: hear(tap, place, seen(*passed).detach())).remove)
+
     with ExitStack() as hooks:
         for name, module in model.named_modules():
             last = name.rpartition(".")[2]
             tap = "gate_output" if last == "gate" else last.removesuffix("_tap")
             if tap in places and tap != last:
-                hook = lambda m, args, x, tap=tap, place=places[tap]: hear(tap, place, x.detach())
-                hooks.callback(module.register_forward_hook(hook).remove)
-                places[tap] += 1
-            if isinstance(module, Block) and "layer_input" in places:
-                hook = lambda m, args, place=places["layer_input"]: hear("layer_input", place, args[0].detach())
-                hooks.callback(module.register_forward_pre_hook(hook).remove)
-                places["layer_input"] += 1
+                listen(module.register_forward_hook, tap, lambda module, args, x: x)
+        for block in model.layers if "layer_input" in places else ():
+            listen(block.register_forward_pre_hook, "layer_input", lambda module, args: args[0])
         yield places
 
 
 @contextmanager
 def watch(model, taps=("ffn_output", "layer_output"), measure=norms_and_kurtosis):
-    """While active, average `measure` over every sample that passes the named taps; yields Averages.
+    """While active, average `measure` over all samples that pass the named taps; yields Averages.
 
     measure: a function from an activation to a dict of per-sample tensors, (B, ...).
     Raises KeyError for a tap that the model does not have, or has not called.
@@ -93,7 +122,7 @@ class Averages:
         for tap, n in places.items():
             if n == 0:
                 raise KeyError(f"the model has no tap named {tap}")
-        self.sums = {tap: [{} for _ in range(n)] for tap, n in places.items()}  # metric -> sum over samples
+        self.sums = {tap: [{} for _ in range(n)] for tap, n in places.items()}  # over samples
         self.counts = {tap: [0] * n for tap, n in places.items()}
 
     def add(self, tap, place, measured, samples):
@@ -104,15 +133,17 @@ class Averages:
 
     @property
     def mean(self):
-        """tap -> metric -> list over places of the mean over samples (a float, or a list for counts)."""
-        return {tap: {metric: [(sums[metric] / count).tolist() for sums, count in zip(places, self.counts[tap])]
-                      for metric in places[0]} for tap, places in self.sums.items()}
+        """tap -> metric -> list over places of the mean over samples (a float, or a list)."""
+        of_places = lambda tap, metric: [(sums[metric] / count).tolist() for sums, count
+                                         in zip(self.sums[tap], self.counts[tap])]
+        return {tap: {metric: of_places(tap, metric) for metric in places[0]}
+                for tap, places in self.sums.items()}
 
     def max_inf_norm(self, tap):
         """Mean over samples, then the largest layer's (Table 2's "Max inf. norm")."""
         return max(self.mean[tap]["inf_norm"])
 
     def avg_kurtosis(self, *taps):
-        """Mean over samples, then over all places of the taps (Table 2's "Avg. kurtosis"); not excess."""
+        """Mean over samples, then over all places of the taps (Table 2's "Avg. kurtosis")."""
         kurtoses = [value for tap in taps for value in self.mean[tap]["kurtosis"]]
         return sum(kurtoses) / len(kurtoses)

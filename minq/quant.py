@@ -1,22 +1,23 @@
 """Uniform affine quantization (paper, eq. 1), simulated in float32, and the walk that applies it.
 
-    quantized = quantize_model(copy.deepcopy(model), w_bits=8, a_bits=8)
+    quantized = quantize_model(model, w_bits=8, a_bits=8)   # a copy
     with calibrating(quantized):
         for inputs, _ in training_batches:      # 16 of them set the activation ranges
             quantized(*inputs)
 
-`quantize_model` puts a WeightQuantizer on every weight and swaps every Tap for an
-ActivationQuantizer. The model's forward pass stays as it is. (Training in eight bits: fake_quant.py.)
+`quantize_model` puts every weight on its grid and swaps every Tap for an ActivationQuantizer. The
+model's forward pass stays as it is. (Training in eight bits: fake_quant.py.)
 """
+import copy
 import math
 from contextlib import contextmanager
+from fnmatch import fnmatch
 
 import torch
 import torch.nn as nn
-from torch.nn.utils import parametrize
 
-from minq.attention import SelfAttention, Tap
-from minq.errors import UserError
+from minq.attention import Tap
+from minq.flags import UserError
 
 
 # ---- eq. 1 ----
@@ -29,42 +30,42 @@ def grid(n_bits, symmetric):
 def affine_parameters(low, high, n_bits, symmetric=False):
     """Scale s and zero point z of the grid that spans [low, high], stretched to contain 0.
 
-    low, high: float tensors of any one shape. Symmetric: z = 0 and s = max(|low|, |high|) / (2^(b-1) - 1).
+    low, high: float tensors of any one shape. Symmetric: z = 0, and s spans max(|low|, |high|).
     """
     low, high = low.clamp(max=0.0), high.clamp(min=0.0)
     q_min, q_max = grid(n_bits, symmetric)
-    span = torch.maximum(-low, high) / q_max if symmetric else (high - low) / q_max
-    scale = span.clamp(min=torch.finfo(torch.float32).tiny)  # an all-zero tensor has no span
-    zero_point = torch.zeros_like(scale) if symmetric else (-low / scale).round().clamp(q_min, q_max)
-    return scale, zero_point
+    span = torch.maximum(-low, high) if symmetric else high - low
+    scale = (span / q_max).clamp(min=torch.finfo(torch.float32).tiny)  # all zeros have no span
+    zero_point = (-low / scale).round().clamp(q_min, q_max)
+    return scale, torch.zeros_like(scale) if symmetric else zero_point
 
 
 def quantize(x, scale, zero_point, n_bits, symmetric=False):
-    """x -> integers on the grid (held in float32): clip(round(x / s) + z; 0, 2^b - 1), inside eq. 1.
+    """x -> integers on the grid, in float32: clip(round(x / s) + z; 0, 2^b - 1), inside eq. 1.
 
     Rounds halves to even and multiplies by 1 / s, as PyTorch's own kernels do.
     """
-    integers = (x.float() * (1.0 / scale)).round_()
-    return (integers if symmetric else integers.add_(zero_point)).clamp_(*grid(n_bits, symmetric))
+    integers = (x.float() * (1.0 / scale)).round() + zero_point
+    return integers.clamp(*grid(n_bits, symmetric))
 
 
 def fake_quantize(x, scale, zero_point, n_bits, symmetric=False):
-    """x rounded to the grid and mapped back: s * (quantize(x) - z) (eq. 1). Keeps the dtype of x."""
+    """x rounded to the grid and mapped back: s * (quantize(x) - z) (eq. 1), in the dtype of x."""
     integers = quantize(x, scale, zero_point, n_bits, symmetric)
-    return (integers if symmetric else integers.sub_(zero_point)).mul_(scale).to(x.dtype)
+    return ((integers - zero_point) * scale).to(x.dtype)
 
 
-# ---- ranges ----
+# ---- ranges of activations ----
 
 def value_range(x, percentile=100.0):
-    """(low, high) of one batch: min and max, or the (100-p)-th and the p-th percentile of all values."""
+    """(low, high) of one batch: min and max, or the (100-p)-th and the p-th percentile of all."""
     if percentile == 100.0:
         return torch.aminmax(x.float())
     return percentile_of(x, 100.0 - percentile), percentile_of(x, percentile)
 
 
 def percentile_of(x, percentile):
-    """The p-th percentile of all values of x, interpolated between the two nearest ranks (as numpy's).
+    """The p-th percentile of all values of x, interpolated between two ranks (as numpy's).
 
     torch.quantile refuses more than 2^24 values.
     """
@@ -104,19 +105,20 @@ A_ESTIMATORS = {
 }
 
 
+# ---- thresholds of weights: groups (G, n) -> (G, 1) ----
+
 def minmax_threshold(groups, n_bits, symmetric=True):
-    """max |w| of each row: (G, n) -> (G, 1)"""
+    """max |w| of each row."""
     return groups.abs().amax(dim=1, keepdim=True)
 
 
 def mse_threshold(groups, n_bits, symmetric=True):
-    """Of the 100 thresholds k/100 * max |w|, the one whose grid has the least squared error (sec. C.4, OPT)."""
+    """Of 100 thresholds k/100 * max |w| the one with the least squared error (sec. C.4, OPT)."""
     largest = minmax_threshold(groups, n_bits)
     best, least_error = largest, torch.full_like(largest, torch.inf)
     for k in range(1, 101):
         threshold = largest * (k / 100)
-        grid_of = affine_parameters(-threshold * symmetric, threshold, n_bits, symmetric)
-        on_grid = fake_quantize(groups, *grid_of, n_bits, symmetric)
+        on_grid = fake_quantize(groups, *weight_grid(threshold, n_bits, symmetric))
         error = (on_grid - groups).square().sum(dim=1, keepdim=True)
         best = torch.where(error < least_error, threshold, best)
         least_error = torch.minimum(error, least_error)
@@ -128,33 +130,21 @@ W_ESTIMATORS = {"minmax": minmax_threshold, "mse": mse_threshold}
 
 # ---- quantizers ----
 
-class WeightQuantizer(nn.Module):
-    """Fake quantization of one weight, a parametrization of it: weight -> weight on the grid.
+def weight_grid(threshold, n_bits, symmetric):
+    """(scale, zero point, bits, symmetric) of weights up to +-threshold. Where none is negative
+    (LayerNorm's gamma, mostly) the grid is unsigned, and twice as fine, as the authors do."""
+    low = -threshold if symmetric else torch.zeros_like(threshold)
+    return *affine_parameters(low, threshold, n_bits, symmetric), n_bits, symmetric
 
-    Symmetric, unless no weight is negative (LayerNorm's gamma, mostly): then on the unsigned grid
-    0 .. 2^b - 1, twice as fine, as the authors do. Per tensor each of `parts` equal stacks of rows
-    (W_q, W_k, W_v) has a scale, per channel each row.
-    """
 
-    active = True
-
-    def __init__(self, weight, n_bits=8, estimator="minmax", granularity="tensor", parts=1):
-        super().__init__()
-        self.n_bits, self.symmetric = n_bits, bool((weight < 0).any())
-        self.n_scales = weight.shape[0] if granularity == "channel" and weight.dim() > 1 else parts
-        groups = weight.detach().reshape(self.n_scales, -1)
-        threshold = W_ESTIMATORS[estimator](groups, n_bits, self.symmetric)
-        low = -threshold * self.symmetric  # an asymmetric grid from 0 on has the zero point 0
-        scale, zero_point = affine_parameters(low, threshold, n_bits, self.symmetric)
-        self.register_buffer("scale", scale)  # (n_scales, 1)
-        self.register_buffer("zero_point", zero_point)
-
-    def forward(self, weight):
-        if not self.active:
-            return weight
-        groups = weight.reshape(self.n_scales, -1)
-        on_grid = fake_quantize(groups, self.scale, self.zero_point, self.n_bits, self.symmetric)
-        return on_grid.view_as(weight)
+def quantize_weight(weight, n_bits=8, estimator="minmax", granularity="tensor", parts=1):
+    """weight -> (weight on its grid, that grid). Per tensor each of `parts` equal stacks of rows
+    (W_q, W_k, W_v) has a scale, per channel each row: (G, 1) scales."""
+    n_scales = len(weight) if granularity == "channel" and weight.dim() > 1 else parts
+    groups, symmetric = weight.detach().reshape(n_scales, -1), bool((weight < 0).any())
+    threshold = W_ESTIMATORS[estimator](groups, n_bits, symmetric)
+    found = weight_grid(threshold, n_bits, symmetric)
+    return fake_quantize(groups, *found).view_as(weight), found
 
 
 class ActivationQuantizer(nn.Module):
@@ -163,22 +153,22 @@ class ActivationQuantizer(nn.Module):
     While `estimating` it updates the range with what arrives and already quantizes with it, so
     that the layers behind it are calibrated on what they will really get.
     """
-    estimating, active = False, True
 
     def __init__(self, n_bits=8, estimator="running"):
         super().__init__()
-        self.n_bits, self.range = n_bits, A_ESTIMATORS[estimator]()
+        self.n_bits, self.range, self.estimating = n_bits, A_ESTIMATORS[estimator](), False
         self.register_buffer("scale", torch.tensor(torch.nan))  # NaN until calibrated
         self.register_buffer("zero_point", torch.tensor(torch.nan))
 
     def forward(self, x):
         if self.estimating:
             self.observe(x)
-        return self.on_grid(x) if self.active else x
+        return self.on_grid(x)
 
     def observe(self, x):
         self.range.update(x)
-        self.scale, self.zero_point = affine_parameters(self.range.low, self.range.high, self.n_bits)
+        low, high = self.range.low, self.range.high
+        self.scale, self.zero_point = affine_parameters(low, high, self.n_bits)
 
     def on_grid(self, x):
         return fake_quantize(x, self.scale, self.zero_point, self.n_bits)
@@ -187,39 +177,30 @@ class ActivationQuantizer(nn.Module):
 # ---- the walk ----
 
 def quantize_model(model, w_bits=8, a_bits=8, w_estimator="minmax", a_estimator="running",
-                   w_granularity="tensor", a_quantizer=ActivationQuantizer):
-    """Quantize all weights and taps of `model` in place and return it, ready for `calibrating`.
+                   w_granularity="tensor", only="*", quantizer=ActivationQuantizer):
+    """A quantized copy of `model`, ready for `calibrating`. Every module's `weight` and every Tap
+    is quantized whose name fits the pattern `only`: "*_tap" is all activations, "*.weight" all
+    weights, "*ffn_output_tap" one kind of tensor, "layers.0.ffn_output_tap" one tensor.
 
-    Stays in floating point: what the model lists in `float_modules` (the final layer of BERT and
-    OPT, sec. 5), gates, and biases. A tied output layer keeps the float table.
+    Stays in floating point: what a module lists in `float_modules` (the final layer of BERT and
+    OPT, sec. 5; gates), and biases. A tied output layer keeps the float table.
     """
-    modules = list(model.named_modules())
-    gates = [f"{name}.gate" for name, module in modules if isinstance(module, SelfAttention)]
-    stays_float = tuple(f"{name}." for name in (*model.float_modules, *gates))
-    for name, module in modules:
-        if f"{name}.".startswith(stays_float):
+    model = copy.deepcopy(model)
+    stays_float = []
+    for name, module in list(model.named_modules()):
+        children = getattr(module, "float_modules", ())
+        stays_float += [f"{name}.{child}.".lstrip(".") for child in children]
+        if f"{name}.".startswith(tuple(stays_float)):
             continue
-        if isinstance(module, Tap):
+        if isinstance(module, Tap) and fnmatch(name, only):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, a_quantizer(a_bits, a_estimator))
-        if isinstance(getattr(module, "weight", None), nn.Parameter):
-            parts = getattr(module, "parts", 1)
-            quantizer = WeightQuantizer(module.weight, w_bits, w_estimator, w_granularity, parts)
-            parametrize.register_parametrization(module, "weight", quantizer)
+            setattr(model.get_submodule(parent), child, quantizer(a_bits, a_estimator))
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and fnmatch(f"{name}.weight", only):
+            settings = w_bits, w_estimator, w_granularity, getattr(module, "parts", 1)
+            on_grid, module.weight_grid = quantize_weight(weight, *settings)
+            module.weight = nn.Parameter(on_grid)
     return model.to(next(model.parameters()).device).eval()
-
-
-@contextmanager
-def switched(modules, **attributes):
-    """While active, all `modules` have these attributes instead of their class's."""
-    for module in modules:
-        vars(module).update(attributes)
-    try:
-        yield
-    finally:
-        for module in modules:
-            for name in attributes:
-                del vars(module)[name]
 
 
 @contextmanager
@@ -229,12 +210,18 @@ def calibrating(model):
     Raises UserError at the end, naming the tap, where a range has not come out finite.
     """
     taps = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
-    with switched(taps.values(), estimating=True), torch.no_grad(), parametrize.cached():
-        yield
+    for tap in taps.values():
+        tap.estimating = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for tap in taps.values():
+            tap.estimating = False
     # what is infinite spoils what comes after it: name the cause, not a NaN behind it
-    for name, quantizer in sorted(taps.items(), key=lambda tap: bool(tap[1].scale.isnan().any())):
-        if quantizer.range.low is None:
+    for name, tap in sorted(taps.items(), key=lambda tap: bool(tap[1].scale.isnan().any())):
+        if tap.range.low is None:
             raise UserError(f"{name}: nothing passed it; a tap that is never called must be None")
-        scale, low, high = quantizer.scale.max().item(), quantizer.range.low.item(), quantizer.range.high.item()
-        if not math.isfinite(scale):
-            raise UserError(f"{name}: its calibrated scale is {scale}; the values range from {low} to {high}")
+        if not tap.scale.isfinite().all():
+            raise UserError(f"{name}: its calibrated scale is {tap.scale.max().item()}; the values "
+                            f"range from {tap.range.low.item()} to {tap.range.high.item()}")

@@ -1,241 +1,269 @@
-"""A run: a training that can be stopped, continued and opened again. (Its folder: checkpoints.py.)"""
+"""A run: a training that can be stopped, continued and opened again.
+
+Its folder holds `checkpoint.pt` (all that is needed to rebuild the model and to go on) and
+`metrics.jsonl` (a line per evaluation: loss, metric, norm and kurtosis of every layer).
+"""
 import json
-import signal
-import sys
-import time
-from contextlib import nullcontext
+import os
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import starmap
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from minq.checkpoints import (append_line, check_settings, claim, forget_after, from_checkpoint, held, load_checkpoint,
-                              load_weights, read_log, require_free, require_same_data, require_same_optimizer,
-                              save_checkpoint)
-from minq.data import open_data, require_unchanged, stamps
-from minq.errors import UserError
-from minq.fake_quant import FakeQuantLinear, fake_quantization_off, fake_quantize_training
-from minq.integer_training import IntegerLinear
-from minq.growth import growth
+from minq.flags import (NOT_OF_THE_RUN, UserError, command, option, write_atomically, writing)
 from minq.model import FAMILIES
-from minq.outliers import watch
+from minq.outliers import growth, watch
 from minq.quant import calibrating
-from minq.training import added_up, crowded, evaluate, seed_step, to_device
+from minq.training import added_up, evaluate, interruptible, seed_step, to_device
 
 PATIENCE = 20  # steps in a row whose loss is not finite, before a run is given up
-CALIBRATION_SEED = 1_000_000  # plus 0, 1, 2: other batches than training's own, whose seeds are small
 LOOK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
+CALIBRATION_SEED = 1_000_000  # plus 0, 1, 2: other batches than training's, whose seeds are small
 
 
 class Run:
-    """A training in progress. The script does the step; the run counts, evaluates, logs, saves, stops and reports.
+    """A training in progress. The script does the step; the run counts, evaluates, logs and saves.
 
-        run = Run(args, data, model, optimizer, scaler, checkpoint)
-        for step in run.steps():                    # from the checkpoint's on, until --steps or Ctrl-C
-            for batch in run.slices(*global_batch): # the --accumulate micro-batches of this process
-                loss = ...                          # of run.trained; the slices' losses add up to the step's
+        run = Run(args, data, model, trained, optimizer, scaler, checkpoint)
+        for step in run.steps():                    # from the checkpoint's on, to --steps or Ctrl-C
+            for batch in run.micro_batches(*global_batch):  # the --accumulate ones of this process
+                loss = ...                          # they add up to the step's
                 run.step_loss += loss.detach()
 
-    `trained` is the model as it is to be called in training: fake-quantized, compiled, distributed as args say.
+    `trained` is the model as it is called in training: compiled or distributed, if args say so.
     """
 
-    def __init__(self, args, data, model, optimizer, scaler, checkpoint=None):
-        require_family(model)
-        self.args, self.data, self.model = args, data, model
+    def __init__(self, args, data, model, trained, optimizer, scaler, checkpoint=None):
+        self.args, self.data, self.model, self.trained = args, data, model, trained
         self.optimizer, self.scaler = optimizer, scaler
         self.folder, self.device = Path(args.out), next(model.parameters()).device
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
         if args.batch_size % self.world:
-            raise UserError(f"--batch-size {args.batch_size} does not divide among {self.world} processes")
-
-        if args.fake_quant:
-            linear = IntegerLinear if getattr(args, "integer", None) else FakeQuantLinear  # older runs know no --integer
-            fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity, linear)
-        self.trained = torch.compile(model) if args.compile else model
-        if self.world > 1:
-            self.trained = DistributedDataParallel(self.trained)
-
+            raise UserError(f"--batch-size {args.batch_size} does not divide among {self.world} "
+                            "processes")
         self.step, self.seconds, self.train_loss = 0, 0.0, torch.zeros(())
         if checkpoint:
-            require_same_data(args.data, data.sha256, checkpoint)
-            require_same_optimizer(optimizer, checkpoint["optimizer"])
-            load_weights(model, checkpoint, self.folder)
+            require_same_data(args.data, data, checkpoint)
+            model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
-            self.step, self.seconds, self.train_loss = (checkpoint[name] for name in ("step", "seconds", "train_loss"))
+            for name in ("step", "seconds", "train_loss"):
+                setattr(self, name, checkpoint[name])
         self.train_loss = self.train_loss.to(self.device)  # summed since the last evaluation
-        self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)  # in a row, with a loss not finite
-        self.resumed, self.files = checkpoint is not None, stamps(data.files)
-        self.signal, self.crowded = 0, None
+        self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)  # loss not finite
+        self.signal = 0
 
     # ---- the loop ----
 
     def steps(self):
-        """Yield the number of each step; between two of them log, evaluate and save when it is time."""
-        args, started = self.args, time.perf_counter() - self.seconds
-        with held(self.folder) if self.rank == 0 else nullcontext(), Interrupt() as interrupt:
-            if self.rank == 0:
-                forget_after(self.folder, self.step) if self.resumed else require_free(self.folder, args.overwrite)
-            with tqdm(total=args.steps, initial=self.step, unit="step", disable=self.rank > 0) as progress:
-                while self.step < args.steps and not self.signal:
-                    seed_step(args.seed, self.step, self.rank)
-                    self.step_loss = torch.zeros((), device=self.device)
-                    yield self.step
-                    if self.step == 0 and self.rank == 0:  # now it is known to work: only now a run in the way is replaced
-                        claim(self.folder, args.overwrite)
-                    self.step += 1
-                    require_unchanged(self.files)
-                    self.share(interrupt.signal)
-                    progress.update()
-                    if self.step % LOOK_EVERY == 0:
-                        self.look(progress)
-                        if self.bad_steps >= PATIENCE or self.scale_sunk():
-                            break
-                    last = self.step == args.steps
-                    if self.step % args.eval_every == 0 or last:
-                        self.evaluate()
-                    self.seconds = time.perf_counter() - started
-                    if self.step % args.save_every == 0 or last or self.signal:
-                        self.save()
+        """Yield the number of each step; between two of them evaluate, log and save in time."""
+        args, started = self.args, perf_counter() - self.seconds
+        files = [self.folder / name for name in ("checkpoint.pt", "metrics.jsonl")]
+        progress = tqdm(total=args.steps, initial=self.step, unit="step", disable=self.rank > 0)
+        alone = lock(self.folder) if self.rank == 0 else nullcontext()
+        with alone, progress, interruptible() as signals:
+            if self.rank == 0 and self.step:
+                truncate_log(files[1], self.step)
+            elif self.rank == 0 and not args.overwrite and any(path.exists() for path in files):
+                raise UserError(f"--out {self.folder}: already holds a run; continue it with "
+                                "--resume, replace it with --overwrite, or name another --out")
+            while self.step < args.steps and not self.signal:
+                seed_step(args.seed, self.step, self.rank)
+                self.step_loss = torch.zeros((), device=self.device)
+                yield self.step
+                if self.rank == 0 and self.step == 0:  # it works: only now an old run is replaced
+                    for path in files:
+                        path.unlink(missing_ok=True)
+                self.step += 1
+                self.sync(signals)
+                progress.update()
+                if self.step % LOOK_EVERY == 0:
+                    progress.set_postfix_str(f"loss {self.step_loss.item():.3f}", refresh=False)
+                    if self.bad_steps >= PATIENCE or self.scale_sunk():
+                        break
+                last = self.step == args.steps
+                if self.step % args.eval_every == 0 or last:
+                    self.evaluate()
+                self.seconds = perf_counter() - started
+                if self.step % args.save_every == 0 or last or self.signal:
+                    self.save()
         self.report()
 
-    def slices(self, *arrays):
-        """Slice a global batch (arrays with equal first dimensions) into this process's micro-batches."""
-        self.items = arrays[0].size
+    def micro_batches(self, *arrays):
+        """Slice a global batch (arrays of equal length) into this process's micro-batches."""
         size = len(arrays[0]) // (self.args.accumulate * self.world)
         for i in range(self.args.accumulate):
-            # DDP exchanges gradients in the backward pass: once a step is enough
+            # DDP exchanges gradients in the backward pass: once per step is enough
             self.trained.require_backward_grad_sync = i == self.args.accumulate - 1
             start = (i * self.world + self.rank) * size
             yield tuple(array[start:start + size] for array in arrays)
 
-    def share(self, signal):
+    def sync(self, signals):
         """After a step: what all processes must agree on, its loss and whether to stop."""
+        number = max(signals, default=0)
         if self.world > 1:
             dist.all_reduce(self.step_loss)
             self.step_loss /= self.world
-            signals = torch.tensor(signal)  # it reaches each process at another step
-            dist.all_reduce(signals, dist.ReduceOp.MAX)
-            signal = signals.item()
-        self.signal = signal
+            agreed = torch.tensor(number)  # it reaches each process at another step
+            dist.all_reduce(agreed, dist.ReduceOp.MAX)
+            number = agreed.item()
+        self.signal = number
         self.train_loss += self.step_loss
         self.bad_steps = (self.bad_steps + 1) * ~self.step_loss.isfinite()
 
-    def look(self, progress):
-        """Show the loss, and say once if the machine is crowded."""
-        rate = (progress.format_dict["rate"] or 0.0) * self.items
-        progress.set_postfix_str(f"loss {self.step_loss.item():.3f}, {rate:,.0f} {self.data.unit}/s", refresh=False)
-        if self.crowded is None and self.rank == 0:
-            self.crowded = crowded(self.device)
-            if self.crowded:
-                progress.write(self.crowded, file=sys.stderr)
-
     def scale_sunk(self):
-        """Whether fp16's gradients have overflowed at every scale there is: not a step is taken any more."""
+        """Whether fp16's gradients have overflowed at every scale: no step is taken any more."""
         return self.scaler.get_scale() < 1
 
     # ---- what is kept ----
 
     def evaluate(self):
         """Write a line of metrics.jsonl."""
-        model, args = self.model, self.args
+        model, args, metric = self.model, self.args, self.model.metric
         split = args.batch_size, args.eval_batches, self.rank, self.world
         batches = lambda: starmap(self.data.to_model, self.data.validation_batches(*split))
         taps = ("layer_input", "ffn_output", "layer_output", *model.kurtosis_taps)
         with watch(model, taps, growth) as outliers:
             scores = floating = evaluate(model, batches(), self.device)
-        if self.world > 1:
-            add_up(outliers)
+        for tap, places in outliers.sums.items() if self.world > 1 else ():
+            outliers.counts[tap] = added_up(*outliers.counts[tap])
+            for value in (value for sums in places for value in sums.values()):
+                dist.all_reduce(value)
         if args.fake_quant:
+            from minq.fake_quant import fake_quantization_off  # who quantizes a run needs it not
             with fake_quantization_off(model):
                 floating = evaluate(model, batches(), self.device)
+        steps = (self.step - 1) % args.eval_every + 1  # since the evaluation before
+        record = {"step": self.step, "loss": self.train_loss.item() / steps,
+                  "lr": self.optimizer.param_groups[0]["lr"], "val_loss": scores["loss"],
+                  metric: scores[metric], f"float_{metric}": floating[metric],
+                  "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
+                  "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **outliers.mean}
         if self.rank == 0:
-            steps, metric = (self.step - 1) % args.eval_every + 1, model.metric
-            record = {"step": self.step, "loss": self.train_loss.item() / steps,
-                      "lr": self.optimizer.param_groups[0]["lr"], "val_loss": scores["loss"],
-                      metric: scores[metric], f"float_{metric}": floating[metric],
-                      "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
-                      "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **outliers.mean}
             append_line(self.folder / "metrics.jsonl", json.dumps(record))
         self.train_loss.zero_()
+        self.last = record
 
     def save(self):
-        """Write the checkpoint, unless the last step went wrong: the one before it is the better one."""
+        """Write the checkpoint, unless the last step went wrong: the one before is better."""
         if self.rank > 0 or self.bad_steps > 0 or self.scale_sunk():
             return
-        model, args = self.model, self.args
-        checkpoint = dict(format="minq 1", family=model.family, config=asdict(model.config), args=vars(args),
-                          data_sha256=self.data.sha256, step=self.step, model=model.state_dict(),
-                          optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(),
-                          train_loss=self.train_loss, seconds=self.seconds)
-        save_checkpoint(self.folder, checkpoint)
+        model = self.model
+        checkpoint = dict(format="minq 1", family=model.family, config=asdict(model.config),
+                          args=vars(self.args), data_sha256=self.data.sha256, step=self.step,
+                          model=model.state_dict(), optimizer=self.optimizer.state_dict(),
+                          scaler=self.scaler.state_dict(), train_loss=self.train_loss,
+                          seconds=self.seconds)
+        write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def report(self):
-        """The last words: what came out, or how to go on. Raises UserError if the numbers were lost."""
-        script, path = f"train_{self.model.family}.py", self.folder / "checkpoint.pt"
-        kept = f"{path} is still that of the last good step saved" if path.exists() else "nothing was saved yet"
-        if self.bad_steps > 0:
-            raise UserError(f"{self.folder}: stopped at step {self.step}, the loss of the last {int(self.bad_steps)} "
-                            f"steps is not finite; {kept}; try a lower --lr, or --precision fp32")
-        if self.scale_sunk():
-            raise UserError(f"{self.folder}: stopped at step {self.step}, fp16's gradients overflow at every loss scale "
-                            f"(it is {self.scaler.get_scale():g}); {kept}; try a lower --lr, or --precision bf16 or fp32")
+        """The last words: what came out, or how to go on. UserError if the numbers were lost."""
+        if self.bad_steps > 0 or self.scale_sunk():
+            raise UserError(f"{self.folder}: stopped at step {self.step}: its losses or its fp16 "
+                            "gradients are not finite; what was saved before is kept; try a lower "
+                            "--lr, or another --precision")
         if self.step < self.args.steps:
+            go_on = [f"train_{self.model.family}.py", "--resume", "--out", self.folder]
+            go_on += ["--compile"] * self.args.compile
+            go_on += ["--device", self.args.device] * bool(self.args.device)
             if self.rank == 0:
-                same = " --compile" * bool(self.args.compile) + (f" --device {self.args.device}" if self.args.device else "")
-                print(f"interrupted at step {self.step}, saved. Go on with: python {script} --resume --out {self.folder}{same}")
+                print(f"interrupted at step {self.step}, saved. Go on with: {command(*go_on)}")
             raise SystemExit(128 + self.signal)  # 130 for Ctrl-C, 143 for SIGTERM
         if self.rank == 0:
-            print(f"{self.folder}: step {self.step}, {summary(self.folder)}")
-            print(f"next: python quantize.py {self.folder}")
+            print(f"{self.folder}: step {self.step}, {summary(self.last)}")
+            print(f"next: {command('quantize.py', self.folder)}")
 
 
-def require_family(model):
-    """What a new family must have so that its runs can be opened: a name in FAMILIES, and a config of its own kind."""
-    build, config = type(model), type(model.config)
-    if FAMILIES.get(model.family) is not build:
-        raise TypeError(f"FAMILIES knows no {build.__name__} by the name {model.family!r}: quantize.py could not open its runs")
-    if config is not model.config_class or "__dataclass_fields__" not in vars(config):
-        raise TypeError(f"{build.__name__} has a {config.__name__}; expected {model.config_class.__name__}, a @dataclass")
-
-
-class Interrupt:
-    """Notes Ctrl-C and SIGTERM as the number of the signal, so that a step ends and the run is saved first."""
-
-    def __enter__(self):
-        self.signal = 0
-        self.previous = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def catch(self, number, frame):
-        self.signal = number
-
-    def __exit__(self, *exception):
-        for s, handler in self.previous.items():
-            signal.signal(s, handler)
-
-
-def add_up(outliers):
-    """Sum over all processes what each has measured on its own batches."""
-    for tap, places in outliers.sums.items():
-        outliers.counts[tap] = added_up(*outliers.counts[tap])
-        for sums in places:
-            for value in sums.values():
-                dist.all_reduce(value)
-
-
-def summary(folder):
-    """The last evaluation of a run, in words."""
-    last = read_log(folder)[-1]
+def summary(last):
+    """An evaluation in words."""
     metric = "accuracy" if "accuracy" in last else "perplexity"
-    switched_off = f" (fake quantization off {last['float_' + metric]:.3f})" if last["float_" + metric] != last[metric] else ""
-    norms = ", ".join(f"{max(last[tap]['inf_norm']):.1f} ({tap})" for tap in ("ffn_output", "layer_output"))
-    return f"{metric} {last[metric]:.3f}{switched_off}, max inf norm {norms}, avg kurtosis {last['avg_kurtosis']:.1f}"
+    floating = last[f"float_{metric}"]
+    off = f" (fake quantization off {floating:.3f})" if floating != last[metric] else ""
+    norm = lambda tap: f"{max(last[tap]['inf_norm']):.1f} ({tap})"
+    return (f"{metric} {last[metric]:.3f}{off}, max inf norm {norm('ffn_output')}, "
+            f"{norm('layer_output')}, avg kurtosis {last['avg_kurtosis']:.1f}")
+
+
+# ---- a folder's files ----
+
+@contextmanager
+def lock(folder):
+    """While active no other process trains in `folder`. The system lets go of it with the process,
+    however that ends. (Not on Windows, nor where a file system knows no locks.)"""
+    with writing(f"--out {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    with file:
+        try:
+            import fcntl
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out {folder}: another process is training there") from None
+        except (ImportError, OSError):
+            pass
+        yield
+
+
+def append_line(path, line):
+    """Add a line to a log, on the disk before a checkpoint that knows of it."""
+    with writing(path), open(path, "a") as file:
+        print(line, file=file, flush=True)
+        os.fsync(file.fileno())
+
+
+def truncate_log(path, step):
+    """Drop what was logged after the checkpoint of `step`, half-written lines included."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        with suppress(ValueError, KeyError, TypeError):
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+    write_atomically(path, lambda file: file.writelines(kept))
+
+
+def load_checkpoint(folder, family=None):
+    """The dictionary in `folder`/checkpoint.pt. UserError if it is not a run's, or of `family`."""
+    path = Path(folder, "checkpoint.pt")
+    if not path.is_file():
+        raise UserError(f"{folder}: no run here; expected a folder with checkpoint.pt")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        bad = [name for name, x in checkpoint["model"].items() if not x.isfinite().all()]
+    except Exception:  # bytes that are no checkpoint raise anything
+        raise UserError(f"{path}: truncated, or not a checkpoint of minq") from None
+    if family and checkpoint["family"] != family:
+        raise UserError(f"{folder}: a run of {checkpoint['family']}, expected one of {family}")
+    if bad:
+        raise UserError(f"{path}: {bad[0]} is not finite; this run cannot be used, train it again")
+    return checkpoint
+
+
+def resume(args, typed, family):
+    """--resume: the checkpoint to go on from. `args` become those that the run was started with;
+    what was typed must agree with them, or not matter to what is computed."""
+    checkpoint = load_checkpoint(args.out, family)
+    if "optimizer" not in checkpoint:
+        raise UserError(f"--resume: {args.out} has weights only; there is nothing to go on from")
+    saved = checkpoint["args"]
+    for name, value in typed.items():
+        if name not in NOT_OF_THE_RUN and value != saved.get(name):
+            raise UserError(f"{option(name)} {value} differs from the run's {saved.get(name)}: "
+                            "--resume continues a run as it was started")
+    free = NOT_OF_THE_RUN - {"save_every"} | typed.keys()
+    vars(args).update({name: x for name, x in saved.items() if name not in free})
+    return checkpoint
+
+
+def require_same_data(source, data, checkpoint):
+    if data.sha256 != checkpoint["data_sha256"]:
+        raise UserError(f"--data {source}: has changed since this run was trained on it")
 
 
 # ---- opened again ----
@@ -252,47 +280,64 @@ class OpenedRun:
     def validation(self, batches=None):
         """Batches (inputs, targets) of the validation split, as many as in training unless told."""
         args = self.checkpoint["args"]
-        arrays = self.data.validation_batches(args["batch_size"], batches or args["eval_batches"])
-        return starmap(self.data.to_model, arrays)
-
-    def calibrate(self, model, seed, batches):
-        """Set the ranges of a quantized copy of the run's model, with batches of the training split."""
-        try:
-            with calibrating(model):
-                for inputs in self.calibration_inputs(seed, batches):
-                    model(*inputs)
-        except UserError as error:
-            raise UserError(f"{self.name}: {error}") from None
+        split = args["batch_size"], batches or args["eval_batches"]
+        return starmap(self.data.to_model, self.data.validation_batches(*split))
 
     def calibration_inputs(self, seed, batches):
+        """Batches of inputs of the training split, others than those that it was trained with."""
         for i in range(batches):
-            arrays = self.data.train_batch(CALIBRATION_SEED + seed, i, self.checkpoint["args"]["batch_size"])
+            size = self.checkpoint["args"]["batch_size"]
+            arrays = self.data.train_batch(CALIBRATION_SEED + seed, i, size)
             yield to_device(self.data.to_model(*arrays), self.device)[0]
+
+    def calibrate(self, model, seed, batches):
+        """Set the ranges of a quantized copy of the run's model."""
+        with calibrating(model):
+            for inputs in self.calibration_inputs(seed, batches):
+                model(*inputs)
+
+    def score(self, model, batches=None):
+        """The metric of a model that stands for the run's, on its validation split."""
+        if model.metric == "sqnr":
+            raise UserError(f"{self.name}: without a head it has nothing to predict; how far its "
+                            f"states move: {command('-m', 'lab.damage', self.name)}")
+        return evaluate(model, self.validation(batches), self.device)[model.metric]
 
 
 def open_run(folder, device, data_source=None, family=None):
-    """An OpenedRun. Raises UserError if it cannot be read, or is not of `family`, where one is named.
+    """An OpenedRun. Raises UserError if it cannot be read, or is not of `family`, if one is named.
 
-    `data_source`: where its data is now (`--data`). Without it the data must be what the run was
-    trained on, a name, a path, or a file in its folder; UserError if it has changed.
+    data_source: where its data is now (`--data`). Without it the data must be what the run was
+    trained on: a name, a path, or a file in its folder.
     """
     checkpoint = load_checkpoint(folder, family)
-    check_settings(checkpoint, folder)
-    model = from_checkpoint(checkpoint, folder).to(device).eval()
+    try:
+        build = FAMILIES[checkpoint["family"]]
+        model = build(build.config_class(**checkpoint["config"]))
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError, UserError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{folder}: does not fit this code: {reason}") from None
     source = data_source or checkpoint["args"]["data"]
-    inside = Path(folder, source)
-    if not data_source and inside.exists():
-        source = str(inside)
-    data = open_data(checkpoint["args"] | {"data": source})
+    if not data_source and Path(folder, source).exists():
+        source = str(Path(folder, source))
+    data = open_data(checkpoint, source)
     if not data_source:
-        require_same_data(source, data.sha256, checkpoint)
-    require_fit(model.config, data, folder)
-    return OpenedRun(str(folder), checkpoint, model, data, device)
+        require_same_data(source, data, checkpoint)
+    for size, needed in data.sizes.items():  # other data must fit the model
+        if (has := getattr(model.config, size)) < needed:
+            raise UserError(f"{folder}: its model has {size} {has}, the data {needed}")
+    return OpenedRun(str(folder), checkpoint, model.to(device).eval(), data, device)
 
 
-def require_fit(config, data, name):
-    """Raise UserError if a model cannot take this data: other lengths, or ids and labels that it does not know."""
-    for size, needed in data.sizes.items():
-        has = getattr(config, size, None)
-        if has is None or needed > has or needed < has and size in ("seq_len", "image_size"):
-            raise UserError(f"{name}: its model has {size} {has}, its data {needed}; expected the data it was trained on, or its like")
+def open_data(checkpoint, source):
+    """A run's data. Imported here: who trains on text needs no pictures."""
+    args, config = checkpoint["args"], checkpoint["config"]
+    if checkpoint["family"] == "vit":
+        from minq.images import Images, load_images
+        return Images(load_images(source), config["image_size"])
+    from minq.data import CausalText, MaskedText, load_text
+    text = load_text(source, args["vocab_size"], args["special_ids"])
+    if checkpoint["family"] == "bert":
+        return MaskedText(text, config["seq_len"], args["mask_prob"])
+    return CausalText(text, config["seq_len"])

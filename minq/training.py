@@ -2,20 +2,21 @@
 processes, evaluation. It knows no model and no disk; the training step stands in each script.
 """
 import atexit
-import contextlib
 import math
 import os
+import signal
 import time
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from minq.errors import UserError
+from minq.flags import UserError
 
 SILENCE = 60  # seconds without a word from another process, before it counts as dead
-CROWD = 1.25  # threads that want to run, for each core of the machine
+
 
 # ---- schedules: a multiplier of the peak learning rate ----
 
@@ -27,7 +28,7 @@ def linear_schedule(step, warmup, steps):
 
 
 def cosine_schedule(step, warmup, steps, first=1e-3, last=1e-2):
-    """From `first` to 1 over `warmup` steps, then along a cosine to `last` at `steps` (C.3: 1e-6, 1e-3, 1e-5)."""
+    """From `first` to 1 over `warmup` steps, then along a cosine to `last` (C.3)."""
     if step < warmup:
         return first + (1 - first) * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)
@@ -42,22 +43,29 @@ def set_lr(optimizer, lr):
 # ---- optimizer ----
 
 def parameter_groups(model, weight_decay, decay_layernorm=False):
-    """AdamW groups: weight decay on matrices only; with `decay_layernorm` also on norms' gamma (B.3), the
-    weights that are vectors. Biases never decay. Raises UserError where no norm has a gamma to decay."""
+    """AdamW groups: weight decay on matrices; with `decay_layernorm` also on norms' gamma (B.3).
+
+    A matrix has more than one number per row: (H, 1, 1), a number per head, is none. A gamma is the
+    `weight` of a module whose name says norm. What a softmax holds never decays, nor do biases.
+    Raises UserError where no norm has a gamma to decay.
+    """
     decayed, undecayed, gammas = [], [], 0
     for name, p in model.named_parameters():
-        last = name.rpartition(".")[2]
-        is_gamma = p.dim() == 1 and last == "weight"
-        is_matrix = p.dim() > 1 and "bias" not in last
+        module, _, last = name.rpartition(".")
+        is_matrix = p.numel() > len(p) and p.dim() > 1 and "bias" not in last
+        is_gamma = last == "weight" and "norm" in module.rpartition(".")[2]
         gammas += is_gamma
-        (decayed if is_matrix or is_gamma and decay_layernorm else undecayed).append(p)
+        decays = (is_matrix or is_gamma and decay_layernorm) and ".softmax." not in name
+        (decayed if decays else undecayed).append(p)
     if decay_layernorm and not gammas:
-        raise UserError("--decay-layernorm would change nothing: no norm of this model has a gamma (--norm rmsnorm)")
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+        raise UserError("--decay-layernorm would change nothing: no norm of this model has a gamma")
+    return [{"params": decayed, "weight_decay": weight_decay},
+            {"params": undecayed, "weight_decay": 0.0}]
 
 
-# name -> (model, parameter groups, lr, betas) to optimizer; optimizers.py has another
-OPTIMIZERS = {"adamw": lambda model, groups, **settings: torch.optim.AdamW(groups, fused=True, **settings)}
+# name -> (model, parameter groups, lr, betas) to optimizer; lab/muon.py has another
+OPTIMIZERS = {"adamw": lambda model, groups, **rates: torch.optim.AdamW(groups, fused=True,
+                                                                        **rates)}
 
 
 # ---- device and precision ----
@@ -65,21 +73,19 @@ OPTIMIZERS = {"adamw": lambda model, groups, **settings: torch.optim.AdamW(group
 def pick_device(name=None):
     """`--device`: the name given, or the best there is of cuda, mps, cpu."""
     if name is None:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this machine has no CUDA device")
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
         device = torch.device(name)
-        known = device.type in ("cpu", "cuda", "mps")
-    except RuntimeError:
-        known = False
-    if not known:
-        raise UserError(f"--device {name}: expected cpu, cuda, cuda:N or mps")
-    try:
         torch.empty(0, device=device)
-    except RuntimeError:  # its own words are about builds of PyTorch
-        raise UserError(f"--device {name}: this machine has none; expected cpu, cuda, cuda:N or mps") from None
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else device
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError
+    except (RuntimeError, AssertionError):  # its own words are about builds of PyTorch
+        raise UserError(f"--device {name}: expected one this machine has: cpu, cuda, cuda:N or mps"
+                        ) from None
+    if name == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
 
 
 def pick_precision(name, device):
@@ -88,15 +94,35 @@ def pick_precision(name, device):
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    capable = device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    capable = capable and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return "bf16" if capable else "fp32"
+    avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if device.type == "cpu" and avx512 and bf16 else "fp32"
 
 
 def autocast(device, precision):
     """Mixed precision for the forward pass; fp32 leaves it alone."""
     dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return torch.autocast(device.type, dtype) if dtype else contextlib.nullcontext()
+    return torch.autocast(device.type, dtype) if dtype else nullcontext()
+
+
+def compiled(model):
+    """torch.compile; without a C++ compiler, which CPUs need, a UserError."""
+    from torch._inductor import cpp_builder, exc  # which take a second to import
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        raise UserError("--compile: found no C++ compiler; expected g++ or clang++, or its name in "
+                        "$CXX") from None
+    return torch.compile(model)
+
+
+def to_device(batch, device):
+    """Move a batch (nested tuples of tensors); to a GPU through pinned memory, without waiting."""
+    if isinstance(batch, tuple):
+        return tuple(to_device(part, device) for part in batch)
+    if device.type == "cuda":
+        return batch.pin_memory().to(device, non_blocking=True)
+    return batch.to(device)
 
 
 # ---- randomness ----
@@ -107,7 +133,7 @@ def step_seed(seed, step):
 
 
 def seed_step(seed, step, rank=0):
-    """Make what is random in a training step of one process (dropout) a function of (seed, step, rank) alone."""
+    """Make what is random in a step of one process (dropout) a function of (seed, step, rank)."""
     torch.manual_seed(step_seed(seed, step) + rank)
 
 
@@ -116,15 +142,16 @@ def seed_step(seed, step, rank=0):
 def start_processes():
     """(rank, world size): (0, 1) alone, or this process's place under torchrun.
 
-    On GPUs, too, gloo carries the few numbers that are on the CPU: it tells at once when a process has died.
+    On GPUs, too, gloo carries the few numbers that are on the CPU: it tells at once when a process
+    has died.
     """
     if "RANK" not in os.environ:
         return 0, 1
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=SILENCE))
     atexit.register(dist.destroy_process_group)
-    # Before that (the last registered is called first): gloo's threads drop their last tensors when they get to it, and
-    # need Python to do so. Where it has ended, they abort the process (pull request 179291 of PyTorch).
+    # Before that: gloo's threads drop their last tensors when they get to it, and need Python to do
+    # so. Where it has ended, they abort the process (pull request 179291 of PyTorch).
     atexit.register(time.sleep, 0.1)
     return dist.get_rank(), dist.get_world_size()
 
@@ -138,26 +165,22 @@ def added_up(*numbers):
     return sums.tolist()
 
 
-def crowded(device):
-    """What to say when more threads want to run than there are cores, else None. (Windows does not tell.)
+@contextmanager
+def interruptible():
+    """Collects Ctrl-C and SIGTERM in a list, so that a step ends and the run is saved first; a
+    second Ctrl-C ends at once."""
+    got = []
 
-    Threads of a run wait for each other in every product: two trainings with two threads each, on two
-    cores, are ten times slower than with one thread each.
-    """
-    threads, cores = torch.get_num_threads(), os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0  # of the last minute
-    if device.type == "cpu" and threads > 1 and load > CROWD * cores:
-        return (f"note: {load:.0f} threads want the {cores} cores of this machine, {threads} of them this run's, which wait "
-                "for each other; if other trainings run, give each fewer threads: OMP_NUM_THREADS=1 python ...")
+    def catch(number, frame):
+        got.append(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-
-def to_device(batch, device):
-    """Move a batch (nested tuples of tensors); to a GPU through pinned memory, without waiting."""
-    if isinstance(batch, tuple):
-        return tuple(to_device(part, device) for part in batch)
-    if device.type == "cuda":
-        return batch.pin_memory().to(device, non_blocking=True)
-    return batch.to(device)
+    previous = {s: signal.signal(s, catch) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield got
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
 
 
 # ---- evaluation ----
@@ -179,12 +202,34 @@ def evaluate(model, batches, device):
         count += targets.numel()
     loss, correct, count = added_up(loss, correct, count)  # each process has batches of its own
     model.train(was_training)
-    return {"loss": loss / count, "perplexity": exp(loss / count), "accuracy": 100 * correct / count}
+    loss, accuracy = loss / count, 100 * correct / count
+    perplexity = math.exp(loss) if loss < 700 else math.inf if loss >= 700 else math.nan
+    return {"loss": loss, "perplexity": perplexity, "accuracy": accuracy}
 
 
-def exp(x):
-    """e^x, infinite instead of an error when x is too large; NaN stays NaN."""
-    try:
-        return math.exp(x)
-    except OverflowError:
-        return math.inf
+def mean_and_std(values):
+    """Mean and sample standard deviation, which a single value has not; NaN stays NaN."""
+    mean, std = torch.tensor(values, dtype=torch.float64).mean(), None
+    if len(values) > 1:
+        std = torch.tensor(values, dtype=torch.float64).std().item()
+    return {"mean": mean.item(), "std": std, "all": values}
+
+
+def with_std(found, digits=4):
+    """4.52 ±0.01"""
+    std = "" if found["std"] is None else f" ±{found['std']:.2g}"
+    return f"{found['mean']:.{digits}g}{std}"
+
+
+def outlier_columns(model, outliers):
+    """What tables show of a model's outliers: the paper's two columns, M / sigma where it is
+    largest with its share (outliers.growth), and the same of each tap."""
+    def columns(norm_tap, *kurtosis_taps):
+        mean = outliers.mean[norm_tap]
+        height, share = max(zip(mean["max_over_sigma"], mean["share"]))
+        return {"max_inf_norm": outliers.max_inf_norm(norm_tap),
+                "avg_kurtosis": outliers.avg_kurtosis(*kurtosis_taps),
+                "max_over_sigma": height, "share": share}
+
+    return (columns(model.norm_tap, *model.kurtosis_taps)
+            | {tap: columns(tap, tap) for tap in outliers.mean})

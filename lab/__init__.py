@@ -1,0 +1,1 @@
+"""What has been built on minq: each file an idea, run as `python -m lab.NAME`."""

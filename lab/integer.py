@@ -1,0 +1,206 @@
+"""The calibrated model on real integers: int8 times int8 into int32 (eq. 1; arXiv 1712.05877).
+
+    python -m lab.integer runs/bert-vanilla-s0      the metric on integers, the size, the speed
+
+    model = to_integer(quantized)                   # a copy, whose Linears multiply int8
+
+quant.py rounds numbers to a grid and multiplies them in floating point. On the blackboard, one
+output of a Linear whose input and weights lie on grids, x = s_x (q_x - z) and w = s_w q_w:
+
+    y = sum_k s_x (q_x - z) s_w q_w + b
+      = s_x s_w  sum_k q_x q_w  +  (b - s_x s_w z sum_k q_w)
+                 ------------       -----------------------
+                 int8 into int32    one number per output, known beforehand
+
+The scales leave the sum because they are the same for each k: that is what "per tensor" buys (a
+scale for each row of W may leave it, too). The zero point costs nothing: its sum over the weights
+goes into the bias. So only the first sum is work, and it is exact: 3072 products of two int8 stay
+far below 2^31.
+
+A block has four such Linears, and each has its tap, whose grid its input lies on (`pairs`). Where
+nothing but the Linear reads the tap, the Linear does the tap's rounding, too. What else is
+quantized (embeddings, LayerNorm, attention's two products) computes with floats on the grid.
+"""
+import copy
+import json
+import statistics
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import lab.cures  # noqa: F401, runs with such an attention open
+from minq import flags
+from minq.attention import Tap
+from minq.flags import UserError
+from minq.quant import ActivationQuantizer, quantize, quantize_model
+from minq.runs import open_run
+from minq.training import pick_device, to_device
+
+SHIFT = 128  # the grid 0 .. 255 as int8: integers and zero point both move by it, and q - z stays
+ROUNDS = 5  # turns that each model takes when timed
+
+
+# ---- the kernel ----
+
+def int_mm(a, b):
+    """Integer product, exact: int8 (M, K), int8 (K, N) -> int32 (M, N)."""
+    (M, K), N = a.shape, b.shape[1]
+    if a.is_cuda or K == 1 or N == 1:
+        # a GPU wants more than 16 rows and multiples of 8 (not tried: none was at hand); on a CPU,
+        # PyTorch 2.13 leaves the result unwritten where K is 1
+        rows, multiple = (17, 8) if a.is_cuda else (1, 2)
+        a = F.pad(a, (0, -K % multiple, 0, max(0, rows - M)))
+        b = F.pad(b, (0, -N % multiple, 0, -K % multiple))
+    if SATURATES and not a.is_cuda:  # b = 2 (b >> 1) + (b & 1): seven bits, and one
+        product = torch._int_mm(a, b >> 1).mul_(2).add_(torch._int_mm(a, b & 1))
+    else:
+        product = torch._int_mm(a, b)
+    return product[:M, :N]
+
+
+def saturates():
+    """Does this CPU add two products in 16 bits, as those without VNNI do? Sums stop at 32767."""
+    a = torch.full((16, 64), 127, dtype=torch.int8)
+    return bool((torch._int_mm(a, a.mT) != 64 * 127 ** 2).any())
+
+
+SATURATES = saturates()
+
+
+# ---- a Linear on integers ----
+
+class IntegerLinear(nn.Module):
+    """A Linear whose weight is int8 and whose input is put on the grid of its tap: y in float32."""
+
+    def __init__(self, linear, tap):
+        super().__init__()
+        scale, _, n_bits, _ = linear.weight_grid
+        rows = len(linear.weight) // len(scale)
+        row_scale = scale.repeat_interleave(rows, dim=0)  # (N, 1)
+        integers = (linear.weight.detach() / row_scale).round()
+        self.n_bits = tap.n_bits
+        self.register_buffer("integers", integers.to(torch.int8))  # (N, K)
+        self.register_buffer("in_scale", tap.scale)
+        self.register_buffer("zero_point", tap.zero_point)
+        self.register_buffer("scale", tap.scale * row_scale[:, 0])  # s_x s_w, (N,)
+        offset = self.scale * (tap.zero_point - SHIFT) * integers.sum(dim=1)
+        self.register_buffer("bias", linear.bias.detach() - offset)
+
+    def forward(self, x):
+        q = quantize(x, self.in_scale, self.zero_point, self.n_bits) - SHIFT
+        sums = int_mm(q.to(torch.int8).flatten(0, -2), self.integers.t())
+        y = sums.float().mul_(self.scale).add_(self.bias)
+        return y.view(*x.shape[:-1], -1)
+
+
+def pairs(model):
+    """(module, name of its Linear, module of its tap, name of that tap, whether nothing else reads
+    that tap), four per block."""
+    before = model, "embedding_norm_tap"  # post-LN: a layer's input, which its residual sum reads, too
+    for block in model.layers:
+        attention = block.attention
+        alone = block.pre_norm and attention.gate is None  # a gate reads the Linears' input, too
+        into_attention, into_ffn = (block, "norm1_tap"), (block, "norm2_tap")
+        if not block.pre_norm:
+            into_attention, into_ffn = before, (block, "norm1_tap")
+            before = block, "layer_output_tap"
+        yield attention, "qkv", *into_attention, alone
+        yield attention, "proj", attention, "context_tap", True
+        yield block, "ffn_up", *into_ffn, block.pre_norm
+        yield block, "ffn_down", block, "ffn_hidden_tap", True
+
+
+def to_integer(model):
+    """A copy of a calibrated model (quantize_model's) that multiplies integers: for evaluation.
+
+    Raises UserError where int8 cannot follow: more than 8 bits, a range that is not calibrated, a
+    quantizer of another kind, a scale for part of a row.
+    """
+    model = copy.deepcopy(model)
+    read_alone = []
+    for parent, name, place, tap_name, alone in pairs(model):
+        linear, tap = getattr(parent, name), getattr(place, tap_name)
+        setattr(parent, name, IntegerLinear(*checked(linear, tap, f"{name} behind {tap_name}")))
+        read_alone += [(place, tap_name)] if alone else []
+    for place, tap_name in read_alone:
+        setattr(place, tap_name, Tap())  # its Linear rounds
+    return model.requires_grad_(False).eval()
+
+
+def checked(linear, tap, name):
+    grid = getattr(linear, "weight_grid", None)
+    if type(tap) is not ActivationQuantizer or grid is None:
+        raise UserError(f"{name}: expected a static grid for the tensor, and one for the weights")
+    scale, _, n_bits, symmetric = grid
+    if max(n_bits, tap.n_bits) > 8 or not symmetric:
+        raise UserError(f"{name}: expected at most 8 bits, and weights of either sign, for int8")
+    if len(linear.weight) % len(scale):
+        raise UserError(f"{name}: {len(scale)} scales for {len(linear.weight)} rows of weights; a "
+                        "sum of integers needs one scale for the whole of a row")
+    if not tap.scale.isfinite():
+        raise UserError(f"{name}: not calibrated, its scale is {tap.scale.item()}")
+    return linear, tap
+
+
+# ---- what it is worth ----
+
+@flags.one_line_errors
+def main(argv=None):
+    parser = flags.Parser(__doc__)
+    flags.add_run_flags(parser, seeds=None)
+    parser.add_argument("--w-bits", type=flags.bits, default=8, help="of weights, 2 to 8")
+    parser.add_argument("--a-bits", type=flags.bits, default=8, help="of activations, 2 to 8")
+    parser.add_argument("--w-granularity", choices=("tensor", "channel"), default="tensor",
+                        help="weights that share a scale")
+    args = parser.parse_args(argv)
+    device, rows = pick_device(args.device), []
+    for run in [open_run(name, device, args.data) for name in args.runs]:
+        simulated = quantize_model(run.model, args.w_bits, args.a_bits,
+                                   w_granularity=args.w_granularity)
+        run.calibrate(simulated, 0, args.batches)
+        model = to_integer(simulated)
+        size = sum(x.nbytes for x in {id(x): x for x in model.state_dict().values()}.values())
+        rows.append({"run": run.name, "metric": run.model.metric,
+                     "bits": [args.w_bits, args.a_bits],
+                     "simulated": run.score(simulated, args.eval_batches),
+                     "integer": run.score(model, args.eval_batches), "bytes": size,
+                     **speedups(run, model)})
+    if args.json:
+        flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+    print(flags.markdown([{
+        "run": row["run"], "simulated": f"{row['simulated']:.4g}",
+        "on integers": f"{row['integer']:.4g}", "MB": f"{row['bytes'] / 1e6:.3g}",
+        "speed against fp32": f"{row['speedup_fp32']:.2f}x",
+        "against bf16": f"{row['speedup_bf16']:.2f}x"} for row in rows]))
+
+
+@torch.no_grad()
+def speedups(run, model):
+    """How many times as fast as fp32 and bf16: medians of turns on a validation batch."""
+    inputs = to_device(next(iter(run.validation(1))), run.device)[0]
+    low = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
+    bf16 = copy.deepcopy(run.model).bfloat16()  # no weight is cast anew in each pass
+
+    def in_bf16():
+        with torch.autocast(run.device.type, torch.bfloat16):
+            bf16(*low)
+
+    passes = {"integer": lambda: model(*inputs), "fp32": lambda: run.model(*inputs),
+              "bf16": in_bf16}
+    seconds = {name: [] for name in passes}
+    for _ in range(1 + ROUNDS):
+        for name, function in passes.items():
+            started = time.perf_counter()
+            function()
+            if run.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - started)
+    ratio = lambda name: statistics.median(
+        a / b for a, b in zip(seconds[name][1:], seconds["integer"][1:]))
+    return {"speedup_fp32": ratio("fp32"), "speedup_bf16": ratio("bf16")}
+
+
+if __name__ == "__main__":
+    main()
