@@ -57,22 +57,18 @@ def load_text(source, vocab_size=None, special_ids=None):
     """
     path, is_bin = Path(source), str(source).endswith(".bin")
     if is_bin != (vocab_size is not None) or special_ids and not is_bin:
-        raise UserError(f"--data {source}: --vocab-size and --special-ids are for .bin files of "
-                        "tokens, which need --vocab-size; all else is read as bytes")
+        raise UserError(f"--data {source}: --vocab-size is for .bin files of tokens, which need it")
     words = None
     try:
         if is_bin:
             tokens, names = read_tokens(path), path.with_suffix(".json")
             words = json.loads(names.read_text("utf-8")) if names.exists() else None
-        elif source in TEXTS:
-            tokens, vocab_size = TEXTS[source]()
         else:
-            tokens, vocab_size = as_bytes(read_bytes(path)), BYTES
+            tokens, vocab_size = TEXTS.get(source, lambda: (as_bytes(read_bytes(path)), BYTES))()
     except (OSError, ValueError) as error:
         raise UserError(f"--data {source}: {error}; built in: {', '.join(TEXTS)}") from None
-    if tokens.size and tokens.max() >= vocab_size:
-        raise UserError(f"--data {source}: holds token {tokens.max()}; expected less than "
-                        f"{vocab_size} (--vocab-size)")
+    if tokens.size and (most := tokens.max()) >= vocab_size:
+        raise UserError(f"--data {source}: holds token {most}; --vocab-size is {vocab_size}")
     ids = special_ids or range(vocab_size, vocab_size + len(SPECIALS))
     return Text(tokens, not is_bin and vocab_size == BYTES, words, max(vocab_size, max(ids) + 1),
                 *ids, sha256=hashlib.sha256(tokens).hexdigest())
@@ -87,15 +83,14 @@ def read_bytes(path):
     below = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     text = b"\n".join(file.read_bytes() for file in (below if path.is_dir() else [path]))
     if not text:
-        raise UserError(f"--data {path}: is empty; expected text")
+        raise ValueError("is empty; expected text")
     return text
 
 
 def read_tokens(path):
     """A .bin file, memory-mapped: little-endian uint16, one per token (nanoGPT's convention)."""
-    size = path.stat().st_size
-    if size == 0 or size % 2:
-        raise UserError(f"--data {path}: has {size} bytes; expected uint16 tokens, two bytes each")
+    if not (size := path.stat().st_size) or size % 2:
+        raise ValueError(f"has {size} bytes; expected uint16 tokens, two bytes each")
     return np.memmap(path, dtype="<u2", mode="r")
 
 
@@ -107,7 +102,7 @@ def stdlib_source():
              and not path.name.startswith("_sysconfigdata")]
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
     if not paths:
-        raise UserError(f"--data stdlib: no Python source in {root}; give --data a text file")
+        raise ValueError(f"no Python source in {root}; give --data a text file")
     return b"\n".join(path.read_bytes().replace(b"\r\n", b"\n") for path in paths)
 
 
@@ -152,8 +147,7 @@ def downloaded(name, url, sha256):
             shutil.unpack_archive(packed, scratch, **{"filter": "data"} if ".tar" in url else {})
             os.replace(Path(scratch, name), cache / name)
     except (OSError, RuntimeError, shutil.ReadError) as error:
-        raise UserError(f"--data {name}: {url} cannot be downloaded: {error}; "
-                        f"or put {name} into {cache} yourself") from None
+        raise UserError(f"{url}: no download: {error}; or put {name} into {cache}") from None
     return cache / name
 
 
@@ -185,10 +179,8 @@ class Windows:
     def __init__(self, text, seq_len, window):
         if window < 1:
             raise UserError(f"--seq-len {seq_len}: expected at least 3, for [CLS] and [SEP]")
-        for name in ("train", "validation"):
-            if len(text.split(name)) < window:
-                raise UserError(f"--data: its {name} part has {len(text.split(name))} tokens, "
-                                f"fewer than one sequence of --seq-len {seq_len}")
+        if (n := min(len(text.split("train")), len(text.split("validation")))) < window:
+            raise UserError(f"--seq-len {seq_len}: a part of --data has only {n} tokens")
         self.text, self.seq_len, self.window, self.sha256 = text, seq_len, window, text.sha256
         self.sizes = {"seq_len": seq_len, "vocab_size": text.vocab_size}  # what a model must take
 

@@ -6,7 +6,6 @@ declared with `flag(default, help)` is a flag of the script: a parameter of one'
 """
 import argparse
 import functools
-import math
 import os
 import shlex
 import sys
@@ -62,23 +61,21 @@ def number(kind, low=None, high=None, above=None, below=None):
     """A type for argparse: an int or a float within bounds, never infinite and never NaN."""
     bounds = [(low, "at least", lambda x: x >= low), (high, "at most", lambda x: x <= high),
               (above, "above", lambda x: x > above), (below, "below", lambda x: x < below)]
-    bounds = [bound for bound in bounds if bound[0] is not None]
 
     def parse(text):
         value = kind(text)
-        if not (math.isfinite(value) and all(holds(value) for _, _, holds in bounds)):
-            wanted = " and ".join(f"{words} {limit:g}" for limit, words, _ in bounds)
+        given = [bound for bound in bounds if bound[0] is not None]
+        if not abs(value) < 1e18 or not all(holds(value) for _, _, holds in given):
+            wanted = " and ".join(f"{words} {limit:g}" for limit, words, _ in given)
             raise argparse.ArgumentTypeError(f"{text}: expected {wanted or 'a finite number'}")
         return value
     parse.__name__ = {int: "whole number", float: "number"}[kind]
     return parse
 
 
-positive, bits = number(int, low=1), number(int, low=2, high=16)
-above_0, at_least_0, at_least_1 = (number(float, above=0), number(float, low=0),
-                                   number(float, low=1))
-at_most_0, below_1 = number(float, high=0), number(float, low=0, below=1)
-fraction = number(float, above=0, below=1)
+positive, bits, fraction = number(int, 1), number(int, 2, 16), number(float, above=0, below=1)
+at_least_0, at_least_1, at_most_0 = number(float, 0), number(float, 1), number(float, high=0)
+above_0, below_1 = number(float, above=0), number(float, 0, below=1)
 
 
 def place(text):
@@ -219,20 +216,16 @@ def check(config_class, args, typed):
     for f in config_flags(config_class):
         needs = f.metadata["needs"]
         if needs and f.name in typed and args.attention not in needs:
-            raise UserError(f"{option(f.name)} {typed[f.name]} needs --attention "
-                            f"{' or '.join(needs)}, not {args.attention}")
+            raise UserError(f"{option(f.name)} {typed[f.name]} needs --attention {needs[0]}")
     if "gate_hidden" in typed and args.gate != "mlp":
         raise UserError(f"--gate-hidden {args.gate_hidden} needs --gate mlp, not {args.gate}")
     if "alpha" in typed and "gamma" in typed:
         raise UserError(f"--alpha {args.alpha:g} and --gamma {args.gamma:g}: both set gamma")
-    if "alpha" in typed:
-        args.gamma = None
-    if "gamma" in typed:
-        args.alpha = None
-    for name in ("w_bits", "a_bits", "fake_quant_granularity", "fake_quant_linear"):
-        if name in typed and not args.fake_quant:
-            raise UserError(f"{option(name)} {typed[name]} needs --fake-quant; "
-                            "to quantize a run after training, see quantize.py")
+    args.gamma = None if "alpha" in typed else args.gamma
+    args.alpha = None if "gamma" in typed else args.alpha
+    of_training = {"w_bits", "a_bits", "fake_quant_granularity", "fake_quant_linear"}
+    if not args.fake_quant and (names := sorted(of_training & typed.keys())):
+        raise UserError(f"{option(names[0])} needs --fake-quant; after training see quantize.py")
 
 
 def run_name(family, args, typed):

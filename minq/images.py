@@ -58,15 +58,13 @@ def load_images(source):
         images, labels = part.images, part.labels
         square = images.shape[1:] == (*images.shape[1:2] * 2, 3) == train.images.shape[1:]
         if images.dtype != np.uint8 or not square:
-            raise UserError(f"--data {source}: images are {images.dtype} of shape {images.shape}; "
-                            "expected uint8 of shape (N, H, H, 3), to validate with as to train on")
-        if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not len(part):
-            raise UserError(f"--data {source}: {len(part)} labels, {labels.dtype} of shape "
-                            f"{labels.shape}; expected integers, one per image")
+            raise UserError(f"--data {source}: images are {images.dtype} {images.shape}; expected "
+                            "uint8 (N, H, H, 3), to validate with as to train on")
+        counted = labels.dtype.kind in "iu" and labels.shape == images.shape[:1] and len(part)
+        if not counted or labels.min() < 0 or labels.max() >= 2 ** 16:
+            raise UserError(f"--data {source}: labels are {labels.dtype} {labels.shape}; expected "
+                            "whole numbers from 0 to 65535, one per image")
         part.labels = np.array(labels, dtype=np.int64)
-        if part.labels.min() < 0 or part.labels.max() >= 2 ** 16:
-            raise UserError(f"--data {source}: labels run from {part.labels.min()} to "
-                            f"{part.labels.max()}; expected 0 to 65535 at most")
     classes = int(max(train.labels.max(), validation.labels.max())) + 1
     return ImageSource(train, validation, classes, sha256_of(train, validation))
 
@@ -84,9 +82,8 @@ def sha256_of(train, validation):
     for part in (train, validation) if validation.rows is None else (train,):  # rows: one array
         digest.update(part.labels)
         stride = 1 if part.images.nbytes < 2 ** 30 else max(1, len(part.images) // 1000)
-        for start in range(0, len(part.images), 256 * stride):
-            some = part.images[start:start + 256 * stride:stride]
-            digest.update(np.ascontiguousarray(some))
+        for start in range(0, len(part.images), n := 256 * stride):
+            digest.update(np.ascontiguousarray(part.images[start:start + n:stride]))
     return digest.hexdigest()
 
 
@@ -94,13 +91,11 @@ def sha256_of(train, validation):
 
 def read_folder(folder):
     """(train, validation) of a folder, whose layout shows in the names of its files."""
-    if any(folder.glob("data_batch_*.bin")):
-        return read_cifar10(sorted(folder.glob("data_batch_*.bin"))), read_cifar10(
-            [folder / "test_batch.bin"])
+    if batches := sorted(folder.glob("data_batch_*.bin")):
+        return read_cifar10(batches), read_cifar10([folder / "test_batch.bin"])
     if (folder / "images.npy").exists():
         return read_arrays(folder)
-    raise UserError(f"--data {folder}: expected data_batch_*.bin and test_batch.bin (CIFAR-10), or "
-                    f"images.npy and labels.npy; built in: {', '.join(IMAGES)}")
+    raise ValueError("expected CIFAR-10's data_batch_*.bin and test_batch.bin, or images.npy")
 
 
 def read_cifar10(paths):

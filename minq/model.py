@@ -99,8 +99,7 @@ class ViTConfig(Config):
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
-            raise UserError(f"--patch-size {self.patch_size} does not divide the images' "
-                            f"{self.image_size} pixels")
+            raise UserError(f"--patch-size {self.patch_size} does not divide {self.image_size}")
         super().__post_init__()
 
     @property

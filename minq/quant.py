@@ -223,5 +223,5 @@ def calibrating(model):
         if tap.range.low is None:
             raise UserError(f"{name}: nothing passed it; a tap that is never called must be None")
         if not tap.scale.isfinite().all():
-            raise UserError(f"{name}: its calibrated scale is {tap.scale.max().item()}; the values "
-                            f"range from {tap.range.low.item()} to {tap.range.high.item()}")
+            raise UserError(f"{name}: its values range from {tap.range.low.item()} to "
+                            f"{tap.range.high.item()}; expected finite ones")

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from minq.flags import (NOT_OF_THE_RUN, UserError, command, option, write_atomically, writing)
+from minq.flags import NOT_OF_THE_RUN, UserError, command, option, write_atomically, writing
 from minq.model import FAMILIES
 from minq.outliers import growth, watch
 from minq.quant import calibrating
@@ -46,16 +46,15 @@ class Run:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if args.batch_size % self.world:
-            raise UserError(f"--batch-size {args.batch_size} does not divide among {self.world} "
-                            "processes")
+            raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {self.world}")
         self.step, self.seconds, self.train_loss = 0, 0.0, torch.zeros(())
         if checkpoint:
             require_same_data(args.data, data, checkpoint)
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             scaler.load_state_dict(checkpoint["scaler"])
-            for name in ("step", "seconds", "train_loss"):
-                setattr(self, name, checkpoint[name])
+            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
+            self.train_loss = checkpoint["train_loss"]
         self.train_loss = self.train_loss.to(self.device)  # summed since the last evaluation
         self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)  # loss not finite
         self.signal = 0
@@ -72,8 +71,7 @@ class Run:
             if self.rank == 0 and self.step:
                 truncate_log(files[1], self.step)
             elif self.rank == 0 and not args.overwrite and any(path.exists() for path in files):
-                raise UserError(f"--out {self.folder}: already holds a run; continue it with "
-                                "--resume, replace it with --overwrite, or name another --out")
+                raise UserError(f"--out {self.folder}: holds a run; --resume it or --overwrite it")
             while self.step < args.steps and not self.signal:
                 seed_step(args.seed, self.step, self.rank)
                 self.step_loss = torch.zeros((), device=self.device)
@@ -107,14 +105,13 @@ class Run:
 
     def sync(self, signals):
         """After a step: what all processes must agree on, its loss and whether to stop."""
-        number = max(signals, default=0)
+        self.signal = max(signals, default=0)
         if self.world > 1:
             dist.all_reduce(self.step_loss)
             self.step_loss /= self.world
-            agreed = torch.tensor(number)  # it reaches each process at another step
+            agreed = torch.tensor(self.signal)  # it reaches each process at another step
             dist.all_reduce(agreed, dist.ReduceOp.MAX)
-            number = agreed.item()
-        self.signal = number
+            self.signal = agreed.item()
         self.train_loss += self.step_loss
         self.bad_steps = (self.bad_steps + 1) * ~self.step_loss.isfinite()
 
@@ -149,7 +146,6 @@ class Run:
         if self.rank == 0:
             append_line(self.folder / "metrics.jsonl", json.dumps(record))
         self.train_loss.zero_()
-        self.last = record
 
     def save(self):
         """Write the checkpoint, unless the last step went wrong: the one before is better."""
@@ -166,29 +162,24 @@ class Run:
     def report(self):
         """The last words: what came out, or how to go on. UserError if the numbers were lost."""
         if self.bad_steps > 0 or self.scale_sunk():
-            raise UserError(f"{self.folder}: stopped at step {self.step}: its losses or its fp16 "
-                            "gradients are not finite; what was saved before is kept; try a lower "
-                            "--lr, or another --precision")
+            raise UserError(f"{self.folder}: step {self.step}: losses or gradients are not finite; "
+                            "the checkpoint, if any, is an earlier one; try a lower --lr")
         if self.step < self.args.steps:
-            go_on = [f"train_{self.model.family}.py", "--resume", "--out", self.folder]
-            go_on += ["--compile"] * self.args.compile
-            go_on += ["--device", self.args.device] * bool(self.args.device)
+            same = ["--compile"] * self.args.compile
+            same += ["--device", self.args.device] if self.args.device else []
+            script = f"train_{self.model.family}.py"
+            go_on = command(script, "--resume", "--out", self.folder, *same)
             if self.rank == 0:
-                print(f"interrupted at step {self.step}, saved. Go on with: {command(*go_on)}")
+                print(f"interrupted at step {self.step}, saved. Go on with: {go_on}")
             raise SystemExit(128 + self.signal)  # 130 for Ctrl-C, 143 for SIGTERM
         if self.rank == 0:
-            print(f"{self.folder}: step {self.step}, {summary(self.last)}")
-            print(f"next: {command('quantize.py', self.folder)}")
-
-
-def summary(last):
-    """An evaluation in words."""
-    metric = "accuracy" if "accuracy" in last else "perplexity"
-    floating = last[f"float_{metric}"]
-    off = f" (fake quantization off {floating:.3f})" if floating != last[metric] else ""
-    norm = lambda tap: f"{max(last[tap]['inf_norm']):.1f} ({tap})"
-    return (f"{metric} {last[metric]:.3f}{off}, max inf norm {norm('ffn_output')}, "
-            f"{norm('layer_output')}, avg kurtosis {last['avg_kurtosis']:.1f}")
+            last = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
+            metric, norm = self.model.metric, lambda tap: max(last[tap]["inf_norm"])
+            off = f" (fake quantization off {last[f'float_{metric}']:.3f})" * self.args.fake_quant
+            print(f"{self.folder}: step {self.step}, {metric} {last[metric]:.3f}{off}, max inf norm"
+                  f" {norm('ffn_output'):.1f} (ffn_output), {norm('layer_output'):.1f} "
+                  f"(layer_output), avg kurtosis {last['avg_kurtosis']:.1f}\n"
+                  f"next: {command('quantize.py', self.folder)}")
 
 
 # ---- a folder's files ----
@@ -235,13 +226,11 @@ def load_checkpoint(folder, family=None):
         raise UserError(f"{folder}: no run here; expected a folder with checkpoint.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        bad = [name for name, x in checkpoint["model"].items() if not x.isfinite().all()]
+        found = checkpoint["family"]
     except Exception:  # bytes that are no checkpoint raise anything
         raise UserError(f"{path}: truncated, or not a checkpoint of minq") from None
-    if family and checkpoint["family"] != family:
-        raise UserError(f"{folder}: a run of {checkpoint['family']}, expected one of {family}")
-    if bad:
-        raise UserError(f"{path}: {bad[0]} is not finite; this run cannot be used, train it again")
+    if family and found != family:
+        raise UserError(f"{folder}: a run of {found}, expected one of {family}")
     return checkpoint
 
 
@@ -254,8 +243,7 @@ def resume(args, typed, family):
     saved = checkpoint["args"]
     for name, value in typed.items():
         if name not in NOT_OF_THE_RUN and value != saved.get(name):
-            raise UserError(f"{option(name)} {value} differs from the run's {saved.get(name)}: "
-                            "--resume continues a run as it was started")
+            raise UserError(f"{option(name)} {value}: --resume goes on with the run's {saved.get(name)}")
     free = NOT_OF_THE_RUN - {"save_every"} | typed.keys()
     vars(args).update({name: x for name, x in saved.items() if name not in free})
     return checkpoint
@@ -299,8 +287,7 @@ class OpenedRun:
     def score(self, model, batches=None):
         """The metric of a model that stands for the run's, on its validation split."""
         if model.metric == "sqnr":
-            raise UserError(f"{self.name}: without a head it has nothing to predict; how far its "
-                            f"states move: {command('-m', 'lab.damage', self.name)}")
+            raise UserError(f"{self.name}: an encoder predicts nothing; see python -m lab.damage")
         return evaluate(model, self.validation(batches), self.device)[model.metric]
 
 
@@ -316,8 +303,7 @@ def open_run(folder, device, data_source=None, family=None):
         model = build(build.config_class(**checkpoint["config"]))
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError, UserError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{folder}: does not fit this code: {reason}") from None
+        raise UserError(f"{folder}: not of this code: {' '.join(str(error).split())}") from None
     source = data_source or checkpoint["args"]["data"]
     if not data_source and Path(folder, source).exists():
         source = str(Path(folder, source))

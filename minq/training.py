@@ -64,8 +64,7 @@ def parameter_groups(model, weight_decay, decay_layernorm=False):
 
 
 # name -> (model, parameter groups, lr, betas) to optimizer; lab/muon.py has another
-OPTIMIZERS = {"adamw": lambda model, groups, **rates: torch.optim.AdamW(groups, fused=True,
-                                                                        **rates)}
+OPTIMIZERS = {"adamw": lambda model, groups, **lr: torch.optim.AdamW(groups, fused=True, **lr)}
 
 
 # ---- device and precision ----
@@ -76,16 +75,11 @@ def pick_device(name=None):
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise RuntimeError
+        device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+        torch.zeros(1, device=device).item()  # "meta" holds no numbers
+        return device
     except (RuntimeError, AssertionError):  # its own words are about builds of PyTorch
-        raise UserError(f"--device {name}: expected one this machine has: cpu, cuda, cuda:N or mps"
-                        ) from None
-    if name == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
+        raise UserError(f"--device {name}: none here; expected cpu, cuda, cuda:N or mps") from None
 
 
 def pick_precision(name, device):
@@ -111,8 +105,7 @@ def compiled(model):
     try:
         cpp_builder.get_cpp_compiler()
     except exc.InvalidCxxCompiler:
-        raise UserError("--compile: found no C++ compiler; expected g++ or clang++, or its name in "
-                        "$CXX") from None
+        raise UserError("--compile: no C++ compiler; expected g++, clang++ or $CXX") from None
     return torch.compile(model)
 
 
@@ -147,8 +140,8 @@ def start_processes():
     """
     if "RANK" not in os.environ:
         return 0, 1
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=SILENCE))
+    kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(kind, timeout=timedelta(seconds=SILENCE))
     atexit.register(dist.destroy_process_group)
     # Before that: gloo's threads drop their last tensors when they get to it, and need Python to do
     # so. Where it has ended, they abort the process (pull request 179291 of PyTorch).
@@ -203,16 +196,15 @@ def evaluate(model, batches, device):
     loss, correct, count = added_up(loss, correct, count)  # each process has batches of its own
     model.train(was_training)
     loss, accuracy = loss / count, 100 * correct / count
-    perplexity = math.exp(loss) if loss < 700 else math.inf if loss >= 700 else math.nan
+    perplexity = math.inf if loss > 709 else math.exp(loss)  # beyond, exp is an error
     return {"loss": loss, "perplexity": perplexity, "accuracy": accuracy}
 
 
 def mean_and_std(values):
     """Mean and sample standard deviation, which a single value has not; NaN stays NaN."""
-    mean, std = torch.tensor(values, dtype=torch.float64).mean(), None
-    if len(values) > 1:
-        std = torch.tensor(values, dtype=torch.float64).std().item()
-    return {"mean": mean.item(), "std": std, "all": values}
+    x = torch.tensor(values, dtype=torch.float64)
+    std = x.std().item() if len(values) > 1 else None
+    return {"mean": x.mean().item(), "std": std, "all": values}
 
 
 def with_std(found, digits=4):
@@ -224,12 +216,12 @@ def with_std(found, digits=4):
 def outlier_columns(model, outliers):
     """What tables show of a model's outliers: the paper's two columns, M / sigma where it is
     largest with its share (outliers.growth), and the same of each tap."""
-    def columns(norm_tap, *kurtosis_taps):
-        mean = outliers.mean[norm_tap]
-        height, share = max(zip(mean["max_over_sigma"], mean["share"]))
-        return {"max_inf_norm": outliers.max_inf_norm(norm_tap),
-                "avg_kurtosis": outliers.avg_kurtosis(*kurtosis_taps),
-                "max_over_sigma": height, "share": share}
+    mean = outliers.mean
 
-    return (columns(model.norm_tap, *model.kurtosis_taps)
-            | {tap: columns(tap, tap) for tap in outliers.mean})
+    def columns(tap, *kurtosis_taps):
+        height, share = max(zip(mean[tap]["max_over_sigma"], mean[tap]["share"]))
+        return {"max_inf_norm": max(mean[tap]["inf_norm"]), "max_over_sigma": height,
+                "avg_kurtosis": outliers.avg_kurtosis(*kurtosis_taps), "share": share}
+
+    whole = columns(model.norm_tap, *model.kurtosis_taps)
+    return whole | {tap: columns(tap, tap) for tap in mean}
