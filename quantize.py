@@ -37,13 +37,12 @@ def main(argv=None):
     add("--best", action="store_true", help="try every pair of these, keep the best")
     add("--w-granularity", choices=("tensor", "channel"), default="tensor", help="with one scale")
     args = parser.parse_args(argv)
-    device = pick_device(args.device)
     widths = [(args.w_bits or b, args.a_bits or b) for b in args.bits]
     pairs = [*product(W_ESTIMATORS, A_ESTIMATORS)] if args.best else [
         (args.w_estimator, args.a_estimator)]
 
     # ---- floating point and quantized ----
-    rows, runs = [], [open_run(name, device, args.data) for name in args.runs]
+    rows, runs = [], [open_run(name, pick_device(args.device), args.data) for name in args.runs]
     with tqdm(total=len(runs) * len(widths) * len(pairs) * args.seeds, unit="model") as progress:
         for run in runs:
             taps = dict.fromkeys((run.model.norm_tap, *run.model.kurtosis_taps))
@@ -62,15 +61,14 @@ def main(argv=None):
 def best_of(run, w_bits, a_bits, pairs, args, progress):
     """Of all pairs of range estimators the best: the metric's mean and deviation over seeds."""
     tried = []
-    for pair in pairs:
+    for w, a in pairs:
         values = []
         for seed in range(args.seeds):
-            model = quantize_model(run.model, w_bits, a_bits, *pair, args.w_granularity)
+            model = quantize_model(run.model, w_bits, a_bits, w, a, args.w_granularity)
             run.calibrate(model, seed, args.batches)
             values.append(run.score(model, args.eval_batches))
             progress.update()
-        name = "{} weights, {} activations".format(*pair)
-        tried.append(mean_and_std(values) | {"estimators": name})
+        tried.append(mean_and_std(values) | {"estimators": f"{w} weights, {a} activations"})
     sign = 1 if run.model.metric == "perplexity" else -1  # of "smaller is better"
     best = min(tried, key=lambda x: math.inf if math.isnan(x["mean"]) else sign * x["mean"])
     for x in tried if args.best else ():

@@ -69,8 +69,7 @@ def main(argv=None):
             args.steps = max(1, args.epochs * (len(data.source.train) // batch_size))
         args.warmup = args.steps // 15 if args.warmup is None else args.warmup  # 20 of 300 epochs
     if args.batch_size // world % 2 and (args.mixup or args.cutmix):
-        raise flags.UserError(f"--batch-size {args.batch_size}: --mixup and --cutmix mix pairs of "
-                              f"images; expected a multiple of {2 * world}")
+        raise flags.UserError(f"--batch-size {args.batch_size}: --mixup needs pairs of images")
 
     # ---- model ----
     torch.manual_seed(args.seed)

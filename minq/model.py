@@ -4,14 +4,14 @@ Every tensor that is ever quantized or measured passes through a Tap, so this on
 the floating-point model, the quantized model and the measured model alike.
 """
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 
 from minq.attention import ATTENTIONS, GATES, Dropout, SelfAttention, Tap
-from minq.flags import (UserError, above_0, at_least_0, at_least_1, at_most_0, below_1,
-                        config_flags, flag, fraction, option, positive)
+from minq.flags import (UserError, WithFlags, above_0, at_least_0, at_least_1, at_most_0, below_1,
+                        flag, fraction, positive)
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 NORMS = {"layernorm": lambda c: nn.LayerNorm(c.width, eps=c.norm_eps)}
@@ -23,7 +23,7 @@ CLIPPED, ROW, GATED = ("clipped",), ("clipped", "row-clipped"), ("gated",)  # wh
 
 
 @dataclass
-class Config:
+class Config(WithFlags):
     """What a block needs to know. The families below add their own fields and defaults."""
     layers: int = flag(4, "number of blocks", type=positive)
     width: int = flag(128, "hidden dimensions, d_model", type=positive)
@@ -46,10 +46,7 @@ class Config:
     norm_eps: float = 1e-12
 
     def __post_init__(self):
-        for f in config_flags(type(self)):
-            value, choices = getattr(self, f.name), f.metadata["options"].get("choices")
-            if choices and value not in choices:
-                raise UserError(f"{option(f.name)} {value}: expected one of {', '.join(choices)}")
+        self.check_choices()
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
         if self.fused and self.attention not in ("vanilla", "gated"):
@@ -58,12 +55,6 @@ class Config:
             self.ffn = 4 * self.width
         if self.gamma is None:
             self.gamma = 0.0 if self.alpha is None else -self.alpha / self.seq_len  # sec. 5.2
-
-    @classmethod
-    def of(cls, args, **sizes):
-        """From a script's arguments, by name, and `sizes` that its data tell."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: x for name, x in vars(args).items() if name in known} | sizes)
 
 
 @dataclass

@@ -243,7 +243,7 @@ def resume(args, typed, family):
     saved = checkpoint["args"]
     for name, value in typed.items():
         if name not in NOT_OF_THE_RUN and value != saved.get(name):
-            raise UserError(f"{option(name)} {value}: --resume goes on with the run's {saved.get(name)}")
+            raise UserError(f"{option(name)} {value}: the run to --resume has {saved.get(name)}")
     free = NOT_OF_THE_RUN - {"save_every"} | typed.keys()
     vars(args).update({name: x for name, x in saved.items() if name not in free})
     return checkpoint
