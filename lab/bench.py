@@ -1,294 +1,274 @@
-"""Speed, as ratios against a named alternative measured in the same run.
+"""Speed, as ratios to a named alternative measured in the same run.
 
-    python bench.py --quick               every group below once, on fewer layers; minutes
-    python bench.py                       in full: an hour on a laptop
-    python bench.py bert --precision fp32
-    python bench.py data augment watch quant      what costs little
+    python -m lab.bench --quick                    every group once, on two layers; minutes
+    python -m lab.bench                            in full: an hour on a laptop
+    python -m lab.bench bert --precision fp32
+    python -m lab.bench data augment watch quant   what ought to cost little
 
-Each ratio is the median over rounds in which the two take turns; machines drift, ratios less so.
-The groups bert, opt and vit compare with Hugging Face, fakequant and integer with torchao: pip install -e '.[peers]'.
+bert opt vit    a training step against Hugging Face's two attentions, ours explicit and --fused
+attention       a training step with each of the paper's attentions (Table 8), and --fused
+precision       a training step of the laptop presets in bf16, against fp32
+fakequant       a training step in eight bits (the blog), and torchao's, against floating point
+data augment    making a batch, against a training step
+watch quant     measuring outliers, calibrating and quantized passes, against plain ones
+integer         int8 inference and torchao's, eager and compiled, against fp32
+roofline        a training step against as many operations in one large matrix product
+
+Each ratio is the median over rounds in which the alternatives take turns; machines drift, ratios
+less so. The peers, transformers and torchao (pip install -e '.[peers]'), are left out where they
+are not installed. Of the paper's models batches are small: 8, 4 and 16.
 """
 import argparse
 import copy
 import functools
-import multiprocessing
-import re
-import statistics
-from pathlib import Path
+import json
+from itertools import product
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
-from minq import flags, peers
-from minq.augment import Draws, augment
-from minq.data import MaskedText, load_text
-from minq.errors import one_line_errors
+import train_bert, train_opt, train_vit
+from lab import peers, timing
+from lab.integer import to_integer
+from minq import flags
+from minq.augment import PIECES, Draws, augment
+from minq.data import CausalText, MaskedText, load_text
 from minq.fake_quant import fake_quantize_training
-from minq.integer import to_integer
-from minq.integer_training import IntegerLinear
-from minq.model import Bert, BertConfig, ViT, ViTConfig
-from minq.outliers import watch
+from minq.model import FAMILIES
+from minq.outliers import growth, watch
 from minq.quant import calibrating, quantize_model
 from minq.runs import open_run
-from minq.timing import in_turns, report
-from minq.training import pick_device, pick_precision, to_device
-from minq.workloads import (BERT_BASE, LAPTOP, LAPTOP_VIT, TASKS, VIT_S, bert_task, explicit, fewer, laptop_task, matrix_product,
-                            name_of, operations, training_step)
+from minq.training import (OPTIMIZERS, autocast, compiled, parameter_groups, pick_device,
+                           pick_precision, to_device)
+
+# ---- what is timed: family -> (title, recipe) ----
+
+TASKS = {f: (title, script.PRESETS["paper"] | sizes) for f, script, title, sizes in (
+    ("bert", train_bert, "BERT-base, batch 8, T 128", dict(batch_size=8, vocab_size=30522)),
+    ("opt", train_opt, "OPT-125m, batch 4, T 512", dict(batch_size=4, vocab_size=50272)),
+    ("vit", train_vit, "ViT-S/16, batch 16", dict(batch_size=16, classes=1000)))}
+LAPTOP = {f: (f"laptop {f}", script.PRESETS["laptop"] | dict(image_size=32, classes=10))
+          for f, script in (("bert", train_bert), ("opt", train_opt), ("vit", train_vit))}
+text = functools.cache(load_text)
 
 
-@one_line_errors
-def main(argv=None):
-    parser = flags.Parser(__doc__)
-    parser.add_argument("groups", nargs="*", action=flags.Distinct, help=f"of: {' '.join(GROUPS)} (default: all)")
-    parser.add_argument("--rounds", type=flags.positive, help="turns that each alternative takes (default: 5)")
-    parser.add_argument("--dropout", type=flags.number(float, low=0, below=1), nargs="+",
-                        help="of training steps, one after another (default: 0 0.1)")
-    parser.add_argument("--quick", action="store_true", help="one round, dropout 0, and two of the paper's twelve layers")
-    parser.add_argument("--device", help="by default the best there is")
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), help="of training steps; by default the device's best")
-    args = parser.parse_args(argv)
-    unknown = set(args.groups) - set(GROUPS)
-    if unknown:
-        parser.error(f"{min(unknown)}: no such group; expected some of {' '.join(GROUPS)}")
-    args.rounds = args.rounds or (1 if args.quick else 5)
-    args.dropout = args.dropout or ([0.0] if args.quick else [0.0, 0.1])
-    args.device = pick_device(args.device)
-    args.precision = pick_precision(args.precision, args.device)
-    print(f"{args.device}, {args.precision}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.rounds} rounds")
-    for group in args.groups or GROUPS:
-        GROUPS[group](args)
+def batch(family, recipe):
+    """A batch as our models take it, (inputs, targets), and as Hugging Face's, (inputs, labels)."""
+    if family == "vit":
+        images = torch.rand(recipe["batch_size"], 3, *2 * [recipe["image_size"]])
+        labels = torch.randint(recipe["classes"], images.shape[:1])
+        return ((images,), labels), (2 * images - 1, labels)
+    loader = {"bert": MaskedText, "opt": CausalText}[family](text("stdlib"), recipe["seq_len"])
+    tokens, labels = loader.train_batch(0, 0, recipe["batch_size"])
+    theirs = (tokens, labels if family == "bert" else tokens)  # its OPT shifts them by itself
+    return loader.to_model(tokens, labels), tuple(map(torch.from_numpy, theirs))
 
 
-# ---- groups: a training step against Hugging Face's ----
+def new_model(family, recipe, args, **settings):
+    build = FAMILIES[family]
+    settings = {"dropout": 0.0} | settings | ({"layers": 2} if args.quick else {})
+    config = build.config_class.of(argparse.Namespace(**recipe), **settings)
+    return build(config).to(args.device)
+
+
+def loss_of(model, inputs, targets):
+    """A function that computes the model's loss on one batch."""
+    return lambda: F.cross_entropy(model(*inputs).float().flatten(0, -2), targets.flatten())
+
+
+def training_step(model, loss, device, precision, name="adamw"):
+    """A whole step as a function: forward, backward, clipping, optimizer."""
+    optimizer = OPTIMIZERS[name](model, parameter_groups(model, 0.01), lr=1e-4, betas=(0.9, 0.999))
+
+    @torch.enable_grad()
+    def step():
+        with autocast(device, precision):
+            value = loss()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
+
+
+def step(family, recipe, args, precision=None, prepare=lambda model: model, **settings):
+    """A training step of a new model."""
+    model = prepare(new_model(family, recipe, args, **settings))
+    loss = loss_of(model, *to_device(batch(family, recipe)[0], args.device))
+    return training_step(model, loss, args.device, precision or args.precision)
+
+
+# ---- groups: each yields (title, functions that take turns, the reference's name) ----
 
 def against_hugging_face(family, args):
-    """Hugging Face's model with either of its attentions, and ours."""
-    ours, inputs, labels = TASKS[family](args)
-    if not peers.installed("transformers"):
-        print("Hugging Face: not installed")
+    title, recipe = TASKS[family]
+    x, labels = to_device(batch(family, recipe)[1], args.device)
     for dropout in args.dropout:
-        models = {"minq": ours(dropout=dropout)}
-        for attention in ("sdpa", "eager") if peers.installed("transformers") else ():
-            model = peers.hugging_face(family, attention, dropout, len(models["minq"][0].layers)).to(args.device).train()
-            models[f"Hugging Face, {attention}"] = model, lambda model=model: model(inputs, labels=labels).loss
-        seconds = in_turns({name: training_step(*pair, args) for name, pair in models.items()}, args.rounds, args.device)
-        best = min(models, key=lambda name: (name == "minq", statistics.median(seconds[name])))
-        report(f"{name_of(family, args)}: a training step, {args.precision}, dropout {dropout}", seconds, best)
+        steps = {name: step(family, recipe, args, dropout=dropout, fused=fused)
+                 for name, fused in (("minq", False), ("minq, --fused", True))}
+        for kind in ("sdpa", "eager") if "transformers" in peers.INSTALLED else ():
+            model = peers.hugging_face(new_model(family, recipe, args, dropout=dropout), kind)
+            loss = lambda model=model: model(x, labels=labels).loss
+            steps[f"Hugging Face, {kind}"] = training_step(model, loss, args.device, args.precision)
+        yield f"{title}: a training step, dropout {dropout}", steps, "minq"
 
-
-# ---- group: what each attention costs (Table 8) ----
 
 METHODS = {"vanilla": {}, "clipped softmax": dict(attention="clipped", gamma=-0.03),
-           **{f"gated attention, {gate}": dict(attention="gated", gate=gate) for gate in ("linear", "mlp", "all-heads")}}
+           **{f"gated attention, {gate}": dict(attention="gated", gate=gate)
+              for gate in ("linear", "mlp", "all-heads")}, "--fused": dict(fused=True)}
+
+
+def method_steps(family, dropout, args):
+    return {name: step(family, TASKS[family][1], args, dropout=dropout, **settings)
+            for name, settings in METHODS.items()}
 
 
 def method_seconds(family, dropout, args):
-    """Seconds of each round of a training step, by attention; "vanilla" is without the fused kernel, as in the paper."""
-    build = TASKS[family](args)[0]
-    models = {name: explicit(*build(dropout=dropout, **settings)) for name, settings in METHODS.items()}
-    models["vanilla, as chosen"] = build(dropout=dropout)  # attention.SelfAttention.can_fuse decides
-    return in_turns({name: training_step(*pair, args) for name, pair in models.items()}, args.rounds, args.device)
+    """Seconds of each round of a training step, by attention (Table 8)."""
+    return timing.in_turns(method_steps(family, dropout, args), args.rounds, args.device)
+
+
+def attention(args):
+    for family, dropout in product(TASKS, args.dropout):
+        title = f"{TASKS[family][0]}: a training step, dropout {dropout}"
+        yield title, method_steps(family, dropout, args), "vanilla"
 
 
 def run_seconds(folders, rounds, device):
-    """Seconds of each round of a training step of finished runs, {name: folder}, as each was trained but one batch again
-    and again, and without the fused kernel; with one thread."""
+    """Seconds of each round of a training step of finished runs, {name: folder}: each with its own
+    attention, optimizer, precision and batch size, on one batch again and again. One thread."""
     threads, steps = torch.get_num_threads(), {}
     for name, folder in folders.items():
         run = open_run(folder, device)
-        saved = argparse.Namespace(**{"optimizer": "adamw"} | run.checkpoint["args"])
-        inputs, targets = to_device(run.data.to_model(*run.data.train_batch(0, 0, saved.batch_size)), device)
-        loss = lambda model=run.model.train(), x=inputs, y=targets: F.cross_entropy(model(*x).float().flatten(0, -2), y.flatten())
-        steps[name] = training_step(*explicit(run.model, loss), argparse.Namespace(device=device, precision=saved.precision), saved.optimizer)
+        saved = run.checkpoint["args"]
+        arrays = run.data.train_batch(0, 0, saved["batch_size"])
+        loss = loss_of(run.model.train(), *to_device(run.data.to_model(*arrays), device))
+        steps[name] = training_step(run.model, loss, device, saved["precision"], saved["optimizer"])
     torch.set_num_threads(1)
     try:
-        return in_turns(steps, rounds, device)
+        return timing.in_turns(steps, rounds, device)
     finally:
         torch.set_num_threads(threads)
 
 
-def attention(args):
-    for family in TASKS:
-        for dropout in args.dropout:
-            report(f"{name_of(family, args)}, by attention: a training step, {args.precision}, dropout {dropout}",
-                   method_seconds(family, dropout, args), "vanilla")
+def precision(args):
+    for family, (title, recipe) in LAPTOP.items():
+        steps = {kind: step(family, recipe, args, kind) for kind in ("fp32", "bf16")}
+        yield f"{title}: a training step", steps, "fp32"
 
-
-# ---- group: which precision is the right default for small models ----
-
-def precisions(args):
-    """A training step of the laptop presets' models in bf16 against fp32, at two widths."""
-    for family in TASKS:
-        for width in (64, 128):
-            steps = {precision: training_step(*laptop_task(family, width, args.device), argparse.Namespace(
-                device=args.device, precision=precision)) for precision in ("fp32", "bf16")}
-            seconds = in_turns(steps, 4 * args.rounds, args.device)
-            report(f"{family}'s laptop preset at width {width}: a training step", seconds, "fp32")
-
-
-# ---- group: training in eight bits ----
 
 def fake_quant(args):
-    """A fake-quantized training step of BERT-base against floating point, and its memory."""
-    kinds = list(FAKE_QUANTIZED)
-    if not peers.installed("torchao"):
-        kinds = [kind for kind in kinds if "torchao" not in kind]
-        print("torchao: not installed")
-    seconds = in_turns({kind: fake_quantized_step(kind, args) for kind in kinds}, args.rounds, args.device)
-    report(f"{name_of('bert', args)}: a training step, {args.precision}", seconds, "floating point")
+    kinds = {"floating point": lambda model: model, "minq": fake_quantize_training,
+             "minq, int8": functools.partial(fake_quantize_training, linear="integer")}
+    for kind in ("QAT", "int8 training") if "torchao" in peers.INSTALLED else ():
+        kinds[f"torchao's {kind}"] = functools.partial(peers.torchao, kind)
+    title, recipe = TASKS["bert"]
+    steps = {name: step("bert", recipe, args, prepare=kind) for name, kind in kinds.items()}
+    yield f"{title}: a training step", steps, "floating point"
 
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:  # a process each, for its peak
-        peaks = {kind: pool.apply(peak_memory, (kind, args)) for kind in kinds}
-    print("\nthe same, peak memory of three steps")
-    for kind, peak in peaks.items():
-        print(f"  {kind:42s} {peak / 2 ** 20:9.0f} MiB  {peak / peaks['floating point']:5.2f}x")
-
-
-def fake_quantized_step(kind, args):
-    model, loss = bert_task(args)[0]()
-    FAKE_QUANTIZED[kind](model)
-    return training_step(model, loss, args)
-
-
-def peak_memory(kind, args):
-    """Bytes that three training steps need at most: on a GPU, or of this process."""
-    step = fake_quantized_step(kind, args)
-    for _ in range(3):
-        step()
-    if args.device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text()).group(1))  # Linux
-
-
-FAKE_QUANTIZED = {"floating point": lambda model: model, "minq": fake_quantize_training, "torchao's QAT": peers.qat,
-                  "minq, --integer": lambda model: fake_quantize_training(model, linear=IntegerLinear),
-                  "torchao's int8 forward": lambda model: peers.int8_training(model, grad_input=False, grad_weight=False),
-                  "torchao's int8 forward and backward": peers.int8_training}
-
-
-# ---- groups: what ought to cost little ----
 
 def data(args):
-    """Building a batch against a training step, at the laptop preset and at BERT-base."""
-    for title, shape, size in (("laptop preset, batch 16", LAPTOP, 16), (*fewer("BERT-base, batch 8", BERT_BASE, args), 8)):
-        loader = MaskedText(load_text("stdlib"), shape["seq_len"])
-        model = Bert(BertConfig(**shape)).to(args.device)
-        (inputs, positions), targets = to_device(loader.to_model(*loader.train_batch(0, 0, size)), args.device)
-        step = training_step(model, lambda: F.cross_entropy(model(inputs, positions).float(), targets), args)
-        build = lambda: loader.to_model(*loader.train_batch(0, 0, size))
-        seconds = in_turns({"training step": step, "batch": build}, 4 * args.rounds, args.device)
-        report(f"a batch of masked text, {title}", seconds, "training step")
+    for title, recipe in (LAPTOP["bert"], TASKS["bert"]):
+        functions = {"step": step("bert", recipe, args), "batch": lambda: batch("bert", recipe)}
+        yield f"{title}: a batch of masked text against a training step", functions, "step"
 
 
 def augmentation(args):
-    """Augmenting a batch against a training step: at the laptop preset, and the whole of C.3 at ViT-S/16."""
-    cropped = dict(crop_scale=(0.6, 1.0), rand_layers=0, jitter=0.0, mixup=0.0, cutmix=0.0)
-    for title, shape, size, recipe in (("laptop preset, batch 64", LAPTOP_VIT, 64, cropped),
-                                       (*fewer("ViT-S/16, batch 16, the whole recipe", VIT_S, args), 16, {})):
-        model = ViT(ViTConfig(**shape)).to(args.device)
-        side, classes = model.config.image_size, model.config.classes
-        images = torch.rand(size, 3, side, side, device=args.device)
-        labels = torch.randint(classes, (size,), device=args.device)
-        draws = Draws(0, args.device)
-        step = training_step(model, lambda: F.cross_entropy(model(images).float(), labels), args)
-        build = lambda: augment(images, labels, classes, draws, size=side, **recipe)
-        seconds = in_turns({"training step": step, "augmentation": build}, 2 * args.rounds, args.device)
-        report(f"augmenting a batch, {title}", seconds, "training step")
+    for title, recipe in (LAPTOP["vit"], TASKS["vit"]):
+        (images,), labels = to_device(batch("vit", recipe)[0], args.device)
+        settings = recipe["classes"], Draws(0, args.device), recipe["image_size"]
+        strengths = {name: recipe[name] for name in PIECES}
+        functions = {"step": step("vit", recipe, args),
+                     "augment": lambda: augment(images, labels, *settings, **strengths)}
+        yield f"{title}: a batch augmented, against a training step", functions, "step"
 
 
-def evaluation_shapes(args):
-    for title, shape, size in (("laptop preset, batch 32", LAPTOP, 32), (*fewer("BERT-base, batch 8", BERT_BASE, args), 8)):
-        model = Bert(BertConfig(**shape)).to(args.device).eval()
-        yield title, model, torch.randint(256, (size, shape["seq_len"]), device=args.device)
+def run(context, model, x):
+    """A pass within a context."""
+    with context:
+        model(x)
 
 
-@torch.no_grad()
-def outliers(args):
-    """Watching the taps that training logs against a plain validation pass, fp32."""
-    for title, model, tokens in evaluation_shapes(args):
-        def watched():
-            with watch(model, ("layer_input", "ffn_output", "layer_output")):
-                model(tokens)
-        seconds = in_turns({"plain pass": lambda: model(tokens), "watched": watched}, 4 * args.rounds, args.device)
-        report(f"watching outliers, {title}", seconds, "plain pass")
+def encoders(args):
+    """(title, encoder, its calibrated copy, tokens x): the laptop's BERT, and BERT-base."""
+    for title, recipe in (LAPTOP["bert"], TASKS["bert"]):
+        model = new_model("bert", recipe, args, masked_head=False).eval()
+        x = to_device(batch("bert", recipe)[0], args.device)[0][0]
+        w8a8 = quantize_model(model, a_estimator="minmax")
+        run(calibrating(w8a8), w8a8, x)
+        yield title, model, w8a8, x
 
 
-@torch.no_grad()
+def watching(args):
+    for title, model, _, x in encoders(args):
+        watched = lambda: run(watch(model, ("layer_input", *model.kurtosis_taps), growth), model, x)
+        yield f"{title}: a pass", {"plain": lambda: model(x), "watched": watched}, "plain"
+
+
 def quant(args):
-    """A calibration and a quantized evaluation pass (min-max, W8A8) against floating point, fp32."""
-    for title, model, tokens in evaluation_shapes(args):
-        quantized = quantize_model(copy.deepcopy(model), a_estimator="minmax")
-
-        def calibrate():
-            with calibrating(quantized):
-                quantized(tokens)
-
-        with parametrize.cached():  # as in quantize.py: weights are quantized once for all batches
-            seconds = in_turns({"floating point": lambda: model(tokens), "calibration": calibrate,
-                                "quantized evaluation": lambda: quantized(tokens)}, 4 * args.rounds, args.device)
-        report(f"quantized passes, {title}", seconds, "floating point")
+    for title, model, w8a8, x in encoders(args):
+        calibration = lambda: run(calibrating(w8a8), w8a8, x)
+        passes = {"fp32": lambda: model(x), "calibration": calibration, "W8A8": lambda: w8a8(x)}
+        yield f"{title}: a pass", passes, "fp32"
 
 
-# ---- groups: real integers, and how far all is from as fast as products get ----
-
-ENCODER = "BERT-base, batch 16, T 128", BERT_BASE
-
-
-def encoders(shape, args):
-    """An encoder in fp32, bf16 and int8 (W8A8, min-max): {name: model}, and tokens for it."""
-    tokens = torch.randint(256, (16, shape["seq_len"]), device=args.device)
-    model = Bert(BertConfig(**shape, masked_head=False)).to(args.device).eval()
-    quantized = quantize_model(copy.deepcopy(model), a_estimator="minmax")
-    with calibrating(quantized):
-        quantized(tokens)
-    return {"fp32": model, "bf16": copy.deepcopy(model).bfloat16(), "int8": to_integer(quantized)}, tokens
-
-
-@torch.no_grad()
-def integers(args):
-    """A pass, eager and compiled: int8 against floating point and torchao's int8."""
-    if not peers.installed("torchao"):
-        print("torchao: not installed")
-    for title, shape in (("laptop preset, batch 16", LAPTOP), fewer(*ENCODER, args)):
-        torch.compiler.reset()
-        models, tokens = encoders(shape, args)
-        if peers.installed("torchao"):
-            models["int8 Linears (torchao)"] = peers.dynamic_int8(copy.deepcopy(models["fp32"]))
-        for how, prepare in (("eager", lambda model: model), ("compiled", torch.compile)):
-            passes = {name: functools.partial(prepare(model), tokens) for name, model in models.items()}
-            report(f"inference, {title}, {how}", in_turns(passes, args.rounds, args.device), "fp32")
+def integer(args):
+    for title, model, w8a8, x in encoders(args):
+        models = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16(), "int8": to_integer(w8a8)}
+        if "torchao" in peers.INSTALLED:
+            models["int8 Linears (torchao)"] = peers.torchao("int8", copy.deepcopy(model))
+        for how, prepare in (("eager", lambda model: model), ("compiled", compiled)):
+            torch.compiler.reset()
+            passes = {kind: functools.partial(prepare(m), x) for kind, m in models.items()}
+            yield f"{title}: a pass, {how}", passes, "fp32"
 
 
 def roofline(args):
-    """Operations a second of steps and passes, and of a large product of the same type in the same rounds."""
-    for family in TASKS:
-        build = TASKS[family](args)[0]
-        counted, counted_loss = explicit(*build())
-        against_a_product(f"{name_of(family, args)}: a training step", training_step(*build(), args),
-                          operations(lambda: counted_loss().backward()), args.precision, args)
-    with torch.no_grad():
-        torch.compiler.reset()
-        name, shape = fewer(*ENCODER, args)
-        models, tokens = encoders(shape, args)
-        needed = operations(lambda: explicit(copy.deepcopy(models["fp32"]), None)[0](tokens))
-        for how, prepare in (("eager", lambda model: model), ("compiled", torch.compile)):
-            for precision, model in models.items():
-                against_a_product(f"{name}: inference, {how}", functools.partial(prepare(model), tokens),
-                                  needed, precision, args)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    for family, (title, recipe) in TASKS.items():
+        functions = {"step": step(family, recipe, args)}
+        with FlopCounterMode(display=False) as counter:
+            functions["step"]()
+        rows = counter.get_total_flops() // (2 * 2048 ** 2)
+        a, b = (torch.randn(n, 2048, device=args.device, dtype=dtype) for n in (rows, 2048))
+        functions["product"] = functools.partial(torch.mm, a, b, out=a.clone())
+        yield f"{title}: a training step", functions, "product"
 
 
-def against_a_product(title, function, needed, precision, args):
-    product, of_product = matrix_product(precision, args.device)
-    seconds = in_turns({"product": product, "function": function}, args.rounds, args.device)
-    rates = {name: statistics.median(number / each for each in seconds[name]) / 1e9
-             for name, number in (("product", of_product), ("function", needed))}
-    print(f"{title}, {precision}: {rates['function']:.0f} of {rates['product']:.0f} GFLOP/s, {rates['function'] / rates['product']:.0%}")
+GROUPS = {family: functools.partial(against_hugging_face, family) for family in TASKS} | dict(
+    attention=attention, precision=precision, fakequant=fake_quant, data=data,
+    augment=augmentation, watch=watching, quant=quant, integer=integer, roofline=roofline)
 
 
-GROUPS = {**{family: functools.partial(against_hugging_face, family) for family in TASKS},
-          "attention": attention, "precision": precisions, "fakequant": fake_quant, "data": data, "augment": augmentation,
-          "watch": outliers, "quant": quant, "integer": integers, "roofline": roofline}
+@flags.one_line_errors
+@torch.no_grad()  # a training step alone needs gradients
+def main(argv=None):
+    parser = flags.Parser(__doc__)
+    add = parser.add_argument
+    add("groups", nargs="*", choices=["all", *GROUPS], default="all", metavar="GROUP", help="what")
+    add("--quick", action="store_true", help="one round, dropout 0, two layers of each model")
+    add("--rounds", type=flags.positive, help="turns that each alternative takes; by default 5")
+    add("--dropout", type=flags.below_1, nargs="+", help="of training steps; by default 0 and 0.1")
+    add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="of training steps")
+    add("--json", type=flags.new_file, metavar="FILE", help="write the numbers there, too")
+    args = parser.parse_args(argv)
+    args.rounds = args.rounds or (1 if args.quick else 5)
+    args.dropout = args.dropout or ([0.0] if args.quick else [0.0, 0.1])
+    args.device = pick_device(args.device)
+    args.precision = pick_precision(args.precision, args.device)
+    print(args.device, args.precision, torch.get_num_threads(), "threads", "(quick)" * args.quick)
+    rows = []
+    for group in GROUPS if "all" in args.groups else dict.fromkeys(args.groups):
+        for title, functions, reference in GROUPS[group](args):
+            seconds = timing.in_turns(functions, args.rounds, args.device)
+            timing.report(title, seconds, reference)
+            rows.append({"group": group, "title": title, "precision": args.precision,
+                         "reference": reference, "seconds": seconds})
+    if args.json:
+        flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+
 
 if __name__ == "__main__":
     main()

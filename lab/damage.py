@@ -1,162 +1,170 @@
-"""What quantization does to a model inside, and which tensor did it (paper, sec. 3).
+"""What quantization does to a model inside, and which tensor does it (paper, sec. 3).
 
-    fidelity(quantized, floating_states(run))     # {"sqnr": 1.9, "cosine": 0.79}
-    by_kind(run, build)                           # one kind of tap quantized at a time, the worst first
+    python -m lab.damage runs/bert-vanilla-s0             one kind of tensor quantized at a time
+    python -m lab.damage runs/bert-vanilla-s0 --layers    one tensor of one layer at a time
 
-Perplexity forgives: much can move inside a model before the right token loses its place. The signal-to-
-quantization-noise ratio of the last hidden states does not:
+Perplexity forgives: much can move inside a model before the right token loses its place. The ratio
+of signal to quantization noise in the last hidden states does not:
 
     SQNR = 10 log10 (sum of h^2 / sum of (h_quantized - h)^2)     in dB
 
-h is the output of the last layer (BERT) or of the final norm (OPT, ViT) for the same inputs, in floating
-point and quantized. At 0 dB the error is as large as the signal; a bit more of precision is worth 6 dB.
+h is the output of the last layer (BERT) or of the final norm (OPT, ViT) for the same inputs, in
+floating point and quantized. At 0 dB the error is as large as the signal; a bit is worth 6 dB.
+
+A tensor that is quantized alone gets the range that it has in the floating-point model. All
+activations, all weights and everything are calibrated as they are evaluated. With --layers it also
+says how far each tensor's largest value M stands out in floating point (outliers.growth).
 """
-import math
-from contextlib import contextmanager, nullcontext
+import json
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 from tqdm import tqdm
 
-from minq.outliers import listening
-from minq.quant import ActivationQuantizer, WeightQuantizer, switched
-from minq.training import evaluate, to_device
+import lab.cures  # noqa: F401, runs with such an attention open
+from minq import flags
+from minq.outliers import growth, listening, watch
+from minq.quant import ActivationQuantizer, quantize_model
+from minq.runs import open_run
+from minq.training import pick_device, to_device
+
+METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑", "sqnr": "SQNR dB ↑"}
+TOGETHER = {"nothing": "", "all activations": "*_tap", "all weights": "*.weight", "everything": "*"}
 
 
 # ---- how far the last hidden states have moved ----
 
-def floating_states(run, batches=None):
-    """(inputs, the last hidden states of the run's model) of each validation batch."""
-    for batch in run.validation(batches):
-        inputs, _ = to_device(batch, run.device)
-        yield inputs, last_hidden(run.model, inputs)
-
-
-@contextmanager
-def last_states(model):
-    """While active, the last hidden states of each forward pass of `model` are kept; yields the list of them:
-    (B, T, width), or (B, width) where only [CLS] is left; float32."""
-    passes = []
-
-    def hear(tap, place, x):
-        if place == 0:
-            passes.append(None)
-        passes[-1] = x.float()  # the last place stays
-
-    with listening(model, (model.hidden_tap,), hear):
-        yield passes
-
-
 @torch.no_grad()
 def last_hidden(model, inputs):
-    with last_states(model) as passes:
+    """The last hidden states (BERT: the last layer's output; OPT, ViT: the final norm's), float32:
+    (B, T, width), or (B, width) where only [CLS] is left."""
+    passed = []
+    with listening(model, (model.hidden_tap,), lambda tap, place, x: passed.append(x.float())):
         model(*inputs)
-    return passes[-1]
+    return passed[-1]
 
 
-def nearness(pairs):
-    """SQNR in dB, and the mean cosine over tokens, of (the last hidden states, those they should be) of each batch."""
+def last_states(run, model, batches=None):
+    """The `last_hidden` of each batch of the run's validation split, of a model in its place."""
+    for inputs, _ in run.validation(batches):
+        yield last_hidden(model, to_device(inputs, run.device))
+
+
+def sqnr_and_cosine(pairs):
+    """How far states have moved, over batches of (states, what they should be): the ratio of signal
+    to quantization noise, SQNR = 10 log10 (sum h^2 / sum (h_quantized - h)^2) in dB, and the mean
+    cosine over tokens. At 0 dB the error is as large as the signal; a bit more is worth 6 dB."""
     signal = error = cosines = tokens = 0
     for moved, h in pairs:
-        signal += h.square().sum(dtype=torch.float64).item()
-        error += (moved - h).square().sum(dtype=torch.float64).item()
-        cosines += F.cosine_similarity(moved, h, dim=-1).sum(dtype=torch.float64).item()
+        signal += h.square().sum(dtype=torch.float64)
+        error += (moved - h).square().sum(dtype=torch.float64)
+        cosines += F.cosine_similarity(moved, h, dim=-1).sum(dtype=torch.float64)
         tokens += h[..., 0].numel()
-    ratio = math.inf if error == 0 else signal / error
-    return {"sqnr": -math.inf if ratio == 0 else 10 * math.log10(ratio), "cosine": cosines / tokens}
+    return {"sqnr": 10 * (signal / error).log10().item(), "cosine": cosines.item() / tokens}
 
 
-def fidelity(model, states):
-    """The `nearness` of `model` to `states`, as `floating_states` gives them."""
-    return nearness((last_hidden(model, inputs), h) for inputs, h in states)
-
-
-def scores(run, model, with_sqnr=True, eval_batches=None, states=None):
-    """{metric: value} of a model that stands for the run's, and its fidelity, if asked for or if that is the metric.
-    states: the `floating_states`, where they are at hand."""
-    metric = run.model.metric
-    if metric == "sqnr":
-        return fidelity(model, states or floating_states(run, eval_batches))
-    with last_states(model) if with_sqnr else nullcontext() as passes:
-        found = {metric: evaluate(model, run.validation(eval_batches), run.device)[metric]}
-    if with_sqnr:
-        found |= nearness(zip(passes, (h for _, h in states or floating_states(run, eval_batches)), strict=True))
-    return found
+def scores(run, model, states, batches=None):
+    """{metric, sqnr in dB} of a model in the run's place. states: those of the run's own model, a
+    list of as many batches. An encoder has no head to predict with: its metric is its SQNR."""
+    sqnr = sqnr_and_cosine(zip(last_states(run, model, batches), states, strict=True))["sqnr"]
+    return {"metric": sqnr if model.metric == "sqnr" else run.score(model, batches), "sqnr": sqnr}
 
 
 # ---- one tensor at a time ----
 
-def quantizers(model):
-    """name -> quantizer: "layers.0.norm1" of a tap, "layers.0.norm1.weight" of a weight."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, ActivationQuantizer):
-            found[name.removesuffix("_tap")] = module
-        if isinstance(module, WeightQuantizer):
-            found[name.replace(".parametrizations.weight.0", ".weight")] = module
+class Observer(ActivationQuantizer):
+    """An ActivationQuantizer that learns its range and hands x on as it is."""
+
+    def on_grid(self, x):
+        return x
+
+
+def damage(run, bits=8, batches=16, eval_batches=None, layers=False):
+    """{run, metric, bits, kinds: [{tap, metric, sqnr}]}: one kind of tensor quantized in all
+    layers, the lowest SQNR first; then nothing, all activations, all weights and everything. With
+    `layers` also {layers: {tap: [{metric, sqnr} of each layer]}}, one tensor of one layer
+    quantized, and its outliers before, {growth: {tap: {max_over_sigma: [of each layer], ...}}}.
+    """
+    states = list(last_states(run, run.model, eval_batches))
+    observed = quantize_model(run.model, bits, bits, only="*_tap", quantizer=Observer)
+    run.calibrate(observed, 0, batches)
+    ranges = {name: x for name, x in observed.state_dict().items() if "_tap." in name}
+
+    def quantized(only, calibrate=False):
+        model = quantize_model(run.model, bits, bits, only=only)
+        model.load_state_dict(ranges, strict=False)
+        if calibrate:  # anew, on what its own quantizers hand on
+            run.calibrate(model, 0, batches)
+        return scores(run, model, states, eval_batches)
+
+    names = [name for name, module in observed.named_modules() if isinstance(module, Observer)]
+    kind = lambda name: name.rpartition(".")[2].removesuffix("_tap")
+    patterns = {kind(x): f"layers.*.{kind(x)}_tap" if "layers." in x else x for x in names}
+    kinds = [{"tap": tap} | quantized(only) for tap, only in tqdm(patterns.items(), leave=False)]
+    kinds.sort(key=lambda row: row["sqnr"])
+    kinds += [{"tap": title} | quantized(only, True) for title, only in TOGETHER.items()]
+    found = {"run": run.name, "metric": run.model.metric, "bits": bits, "kinds": kinds}
+    if layers:
+        found["layers"] = {tap: [quantized(name) for name in names if kind(name) == tap]
+                           for tap, only in tqdm(patterns.items(), leave=False) if "*" in only}
+        with watch(run.model, found["layers"], growth) as outliers:
+            list(last_states(run, run.model, eval_batches))
+        found["growth"] = outliers.mean
     return found
 
 
-def taps_of(model):
-    return [name for name, quantizer in quantizers(model).items() if isinstance(quantizer, ActivationQuantizer)]
+# ---- in words ----
+
+def print_tables(row):
+    """Kinds of tensors; if layers were measured, a row for each tap and a column for each layer."""
+    metric, sqnr = METRICS[row["metric"]], METRICS["sqnr"]  # an encoder has one column for both
+    print(f"\n{row['run']}\n\n" + flags.markdown([
+        {f"only this in {row['bits']} bits": x["tap"], metric: f"{x['metric']:.4g}",
+         sqnr: f"{x['sqnr']:.1f}"} for x in row["kinds"]]))
+    tables = {"max / sigma (share of its token's energy)": "{M:.1f} ({share:.2f})",
+              metric: "{metric:.4g}", sqnr: "{sqnr:.1f}"}
+    for title, cell in tables.items() if "layers" in row else ():
+        lines = []
+        for tap, layers in row["layers"].items():
+            grown = zip(row["growth"][tap]["max_over_sigma"], row["growth"][tap]["share"], layers)
+            lines.append({"tap": tap} | {f"layer {i}": cell.format(M=M, share=share, **x)
+                                         for i, (M, share, x) in enumerate(grown, 1)})
+        print(f"\n{title}, tensor by tensor\n\n{flags.markdown(lines)}")
 
 
-def only(model, wanted):
-    """A context in which of all quantizers of `model` only those named in `wanted` are active."""
-    return switched([quantizer for name, quantizer in quantizers(model).items() if name not in wanted], active=False)
+@flags.one_line_errors
+def main(argv=None):
+    parser = flags.Parser(__doc__)
+    flags.add_run_flags(parser, seeds=None)
+    parser.add_argument("--bits", type=flags.bits, default=8, help="of what is quantized")
+    parser.add_argument("--layers", action="store_true", help="also every tensor of every layer")
+    parser.add_argument("--out", type=flags.place, metavar="FOLDER", help="draw --layers there")
+    args = parser.parse_args(argv)
+    device, rows = pick_device(args.device), []
+    for run in [open_run(name, device, args.data) for name in args.runs]:
+        row = damage(run, args.bits, args.batches, args.eval_batches, args.layers or args.out)
+        rows.append(row)
+        print_tables(row)
+    if args.json:
+        flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+    if args.out:
+        draw(rows, Path(args.out))
 
 
-def calibrated(run, build, wanted, batches):
-    """A quantized copy of the run's model whose ranges are set while only `wanted` are active."""
-    model = build()
-    with only(model, wanted):
-        run.calibrate(model, seed=0, batches=batches)
-    return model
+def draw(rows, folder):
+    """A picture for each run: the SQNR with one tensor quantized, taps by layers."""
+    try:
+        from lab import figures
+    except ModuleNotFoundError:
+        return print("no pictures without matplotlib; get it with: pip install -e '.[plots]'")
+    with flags.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for row in rows:
+            sqnr = torch.tensor([[x["sqnr"] for x in places] for places in row["layers"].values()])
+            fig = figures.damage([*row["layers"]], sqnr.numpy(), "{run}, {bits} bits".format(**row))
+            fig.savefig(folder / f"damage-{Path(row['run']).name}.png")
 
 
-def damage(run, model, wanted, states, eval_batches=None):
-    """{"metric": the run's, "sqnr": dB} with only the quantizers named in `wanted` active."""
-    with only(model, wanted), parametrize.cached():
-        found = scores(run, model, True, eval_batches, states)
-    return {"metric": found[run.model.metric], "sqnr": found["sqnr"]}
-
-
-def by_kind(run, build, batches=16, eval_batches=None):
-    """[{tap, metric, sqnr}]: one kind of tap quantized, in all layers, the lowest SQNR first; then all
-    activations, all weights, and everything.
-
-    build: a function that gives a quantized copy of the run's model. What a single kind is quantized with
-    are the ranges of the floating-point model; the last three rows are calibrated as they are evaluated.
-    """
-    model, states = calibrated(run, build, (), batches), list(floating_states(run, eval_batches))
-    kinds = {}
-    for name in taps_of(model):
-        kinds.setdefault(name.rpartition(".")[2], []).append(name)
-    bar = tqdm(kinds.items(), unit="tap", leave=False)
-    rows = [{"tap": kind, **damage(run, model, names, states, eval_batches)} for kind, names in bar]
-    rows.sort(key=lambda row: row["sqnr"])
-    return rows + altogether(run, build, states, batches, eval_batches)
-
-
-def altogether(run, build, states, batches=16, eval_batches=None):
-    """[{tap, metric, sqnr}] of all activations, all weights, and everything, calibrated as they are evaluated."""
-    rows, every, taps = [], set(quantizers(build())), set(taps_of(build()))
-    for title, names in (("all activations", taps), ("all weights", every - taps), ("everything", every)):
-        model = calibrated(run, build, names, batches)
-        rows.append({"tap": title, **damage(run, model, names, states, eval_batches)})
-    return rows
-
-
-def by_layer(run, build, batches=16, eval_batches=None):
-    """{tap: [{metric, sqnr}, ... of each layer]} with that tap of that layer quantized; and `altogether`'s rows.
-
-    A tap that a layer does not have gives NaN.
-    """
-    model, states = calibrated(run, build, (), batches), list(floating_states(run, eval_batches))
-    nothing = {"metric": math.nan, "sqnr": math.nan}
-    found = {}
-    for name in tqdm([name for name in taps_of(model) if name.startswith("layers.")], unit="tensor", leave=False):
-        in_layers = found.setdefault(name.rpartition(".")[2], [nothing] * run.model.config.layers)
-        in_layers[int(name.split(".")[1])] = damage(run, model, [name], states, eval_batches)
-    return found, altogether(run, build, states, batches, eval_batches)
+if __name__ == "__main__":
+    main()

@@ -1,86 +1,43 @@
-"""The paper's figures: arrays in, a matplotlib Figure out. Knows no model; matplotlib is imported nowhere else.
+"""The paper's figures: arrays in, a matplotlib Figure out. Knows no model; nothing else in this
+project imports matplotlib (pip install -e '.[plots]').
 
     figures.histograms(by_position, by_dimension, "outliers", "runs/mine").savefig("outliers.png")
 
-Arrays count layers and heads from 0, the pictures from 1. Positions and dimensions are zero-based in both,
-as in the paper. Colours are Okabe and Ito's, told apart with any colour vision, and maps of them that stay
-in order when printed grey.
+Arrays count layers and heads from 0, the pictures from 1. Positions and dimensions are zero-based
+in both, as in the paper. Colours are Okabe and Ito's, told apart with any colour vision (lines by
+their dashes, too), and maps of them stay in order when printed grey.
 """
-import io
 import math
+from contextlib import contextmanager
 
-import matplotlib
+import matplotlib.figure
 import numpy as np
-from matplotlib.figure import Figure
 
 COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-LINES = ("-", "--", "-.", ":")
 AMOUNT, SIGNED = "viridis", "PuOr"  # colour maps: from 0 up, and symmetric about 0
 MOST_LABELS = 64                    # more characters than that on an axis cannot be read
-style = matplotlib.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 8,
-                               "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False})
+STYLE = {"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 9, "legend.frameon": False,
+         "axes.spines.top": False, "axes.spines.right": False, "image.interpolation": "nearest",
+         "axes.prop_cycle": matplotlib.cycler(color=COLOURS, linestyle="- -- -. : - -- -.".split())}
 
 
-def sheet(title, rows, columns, width, height, **options):
-    """(figure, axes (rows, columns)); width and height in inches."""
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    figure.suptitle(title, fontsize=10, parse_math=False)
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
-    for ax in axes.flat:
-        ax.tick_params(labelsize=8)
-    return figure, axes
+@contextmanager
+def sheet(title, rows, columns, width, height, used=None, **options):
+    """A figure and its axes (rows, columns), to be drawn in this file's style while active; width
+    and height in inches, `used`: how many of the axes are."""
+    with matplotlib.rc_context(STYLE):
+        figure = matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
+        figure.suptitle(title, fontsize=10, parse_math=False)
+        axes = figure.subplots(rows, columns, squeeze=False, **options)
+        for ax in axes.flat[used or rows * columns:]:
+            ax.set_axis_off()
+        yield figure, axes
 
 
-def line_style(i):
-    """Told apart by dashes, too."""
-    return {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i % len(LINES)]}
-
-
-def png(figure):
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
-
-# ---- where outliers sit (Figures 1 and 8) ----
-
-@style
-def histograms(by_position, by_dimension, quantity, title):
-    """A row per layer, counts over positions (L, T) and over dimensions (L, d); each column on one scale."""
-    layers = len(by_position)
-    figure, axes = sheet(title, layers, 2, 9, 1 + 1.1 * layers, sharex="col", sharey="col")
-    columns = ((by_position, BLUE, "token position"), (by_dimension, GREEN, "hidden dimension"))
-    for column, (counts, colour, name) in enumerate(columns):
-        for layer, ax in enumerate(axes[:, column]):
-            edges = np.arange(len(counts[layer]) + 1) - 0.5
-            ax.stairs(counts[layer], edges, fill=True, color=colour, linewidth=0.5)  # the line keeps a lone one visible
-            ax.set_ylim(0, 1.05 * above_zero(np.max(counts)))
-            worst = int(np.argmax(counts[layer]))
-            what = f"most at {worst}" if counts[layer][worst] > 0 else "none"
-            ax.set_title(f"layer {layer + 1}: {what}", fontsize=8, loc="right", pad=2)
-        axes[-1, column].set_xlabel(f"{name} (from 0)")
-    figure.supylabel(quantity, fontsize=9)
-    return figure
-
-
-@style
-def norms_by_layer(norms, kurtoses, title):
-    """The infinity norm (8a) and the kurtosis of each layer, {tap: (L,)} each."""
-    figure, axes = sheet(title, 1, 2, 9, 3)
-    labels = ("infinity norm, mean over samples", "kurtosis, not excess (log scale)")
-    for ax, series, name in zip(axes[0], (norms, kurtoses), labels):
-        for i, (tap, values) in enumerate(series.items()):
-            ax.plot(range(1, len(values) + 1), values, marker="o", **line_style(i), label=tap)
-        ax.set(xlabel="layer", ylabel=name, xticks=range(1, len(values) + 1))
-    axes[0, 0].set_ylim(bottom=0)
-    axes[0, 1].set_yscale("log")
-    axes[0, 1].axhline(3, color="grey", linewidth=1, label="a Gaussian has 3")
-    plain_log_ticks(axes[0, 1].yaxis)
-    axes[0, 0].legend()
-    axes[0, 1].legend()
-    return figure
+def above_zero(x):
+    """The end of a scale from 0 for all of x, also for an array of zeros."""
+    return np.max(x) if np.max(x) > 0 else 1
 
 
 def plain_log_ticks(axis):
@@ -90,231 +47,251 @@ def plain_log_ticks(axis):
     axis.set_minor_formatter(matplotlib.ticker.NullFormatter())
 
 
-@style
-def shares(groups, of_outliers, of_tokens, quantity, title):
-    """Per group of tokens, its share of the outliers beside its share of all tokens, (groups,) each."""
-    figure, axes = sheet(title, 1, 1, 7, 1.2 + 0.4 * len(groups))
-    ax, y = axes[0, 0], np.arange(len(groups))
-    ax.barh(y - 0.2, 100 * np.asarray(of_outliers), 0.4, color=BLUE, label=quantity)
-    ax.barh(y + 0.2, 100 * np.asarray(of_tokens), 0.4, color=ORANGE, hatch="///", edgecolor="white", label="all tokens")
-    ax.set_yticks(y, groups)
-    ax.invert_yaxis()
-    ax.set_xlabel("share (%)")
-    ax.legend(loc="lower right")
+# ---- where outliers sit (Figures 1 and 8) ----
+
+def histograms(outliers, title):
+    """Outliers (survey's, of one tap) by position and by dimension, a row per layer; each column on
+    one scale. Where there are none in any layer, the largest |x| stand in for them."""
+    layers, some = len(outliers["by_position"]), outliers["by_position"].any()
+    with sheet(title, layers, 2, 9, 1 + 1.1 * layers, sharex="col", sharey="col") as (figure, axes):
+        for column, name, colour in zip(axes.T, ("position", "dimension"), (BLUE, GREEN)):
+            counts = outliers[f"by_{name}" if some else f"peak_by_{name}"]
+            for layer, (ax, x) in enumerate(zip(column, counts)):
+                ax.stairs(x, np.arange(len(x) + 1) - 0.5, fill=True, color=colour, linewidth=0.5)
+                ax.set_ylim(0, 1.05 * above_zero(counts))
+                what = f"most at {np.argmax(x)}" if np.max(x) > 0 else "none"
+                ax.set_title(f"layer {layer + 1}: {what}", fontsize=8, loc="right", pad=2)
+            ax.set_xlabel(f"{name} (from 0)")
+        figure.supylabel("outliers per sample" if some else "no outliers: largest |x|", fontsize=9)
     return figure
 
 
-@style
-def patch_maps(maps, quantity, title):
-    """A heatmap over the image per layer, (L, rows, columns), all in one scale (8c)."""
-    rows, columns = rows_and_columns(len(maps))
-    figure, axes = sheet(title, rows, columns, 2.3 * columns, 0.7 + 2.3 * rows)
-    for ax in axes.flat[len(maps):]:
-        ax.set_axis_off()
-    for layer, values in enumerate(maps):
-        picture = axes.flat[layer].imshow(values, cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(maps)))
-        axes.flat[layer].set(title=f"layer {layer + 1}", xticks=[], yticks=[])
-    figure.colorbar(picture, ax=axes, label=quantity, shrink=0.8)
+def norms_by_layer(outliers, title):
+    """Infinity norm (8a) and kurtosis (not excess) of each layer: {tap: survey's outliers}."""
+    layers = lambda x: [f"{layer + 1}" for layer in range(len(x))]
+    return curves({tap: {key: (layers(x[key]), x[key]) for key in ("inf_norm", "kurtosis")}
+                   for tap, x in outliers.items()}, f"{title} (kurtosis is not excess)", "layer")
+
+
+def shares(rows, title):
+    """Of groups of tokens, their shares of the outliers and of all tokens: rows of dicts, each a
+    group's name and its shares."""
+    groups, *columns = zip(*(row.values() for row in rows))
+    lines = {name: {"share": (groups, x)} for name, x in zip([*rows[0]][1:], columns)}
+    return curves(lines, title, "tokens")
+
+
+def maps(panels, label, title, columns=1, width=9, height=2.4, **options):
+    """Heatmaps {name: (rows, columns)} in one scale from 0; height: of one, in inches."""
+    rows = math.ceil(len(panels) / columns)
+    with sheet(title, rows, columns, width, 0.7 + rows * height, len(panels)) as (figure, axes):
+        largest = above_zero([np.max(x) for x in panels.values()])
+        for ax, (name, x) in zip(axes.flat, panels.items()):
+            picture = ax.imshow(x, aspect="auto", cmap=AMOUNT, vmin=0, vmax=largest)
+            ax.set(title=name, **options)
+        figure.colorbar(picture, ax=axes, label=label)
     return figure
 
 
-def rows_and_columns(panels):
-    columns = min(4, panels)
-    return math.ceil(panels / columns), columns
+def patch_maps(counts, title):
+    """Outliers per sample over the image, for each layer: (L, rows, columns) (8c)."""
+    panels, n = {f"layer {layer + 1}": x for layer, x in enumerate(counts)}, min(4, len(counts))
+    return maps(panels, "outliers", title, n, 2.3 * n + 0.8, 2.3, xticks=[], yticks=[])
 
 
-def above_zero(x):
-    """The end of a colour scale from 0, also for an array of zeros."""
-    return x if x > 0 else 1
+def magnitudes(activations, title):
+    """|x| of one sample over channels and tokens, {name: (T, d)} (blog, Figure 1)."""
+    panels = {name: np.abs(x) for name, x in activations.items()}
+    return maps(panels, "|x|", title, xlabel="hidden dimension (from 0)", ylabel="token position")
 
 
 # ---- what a head does (Figures 2, 3, 9-14) ----
 
 def label_tokens(axis, labels):
     step = math.ceil(len(labels) / MOST_LABELS)
-    axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=5.5, family="monospace", parse_math=False)
-    axis.set_tick_params(length=0, pad=1)
-    if axis.axis_name == "x":
-        for label in axis.get_ticklabels():
-            label.set_rotation(90 if len(label.get_text()) > 1 else 0)
+    axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=5.5, parse_math=False)
+    for label in axis.get_ticklabels() if axis.axis_name == "x" else ():
+        label.set_rotation(90 if len(label.get_text()) > 1 else 0)
 
 
-@style
 def head_on_text(labels, probs, values, product, product_name, title):
-    """Attention probabilities (T, T), values and product (T, d_head) of a sequence, both in one scale (Figure 2)."""
-    figure, axes = sheet(title, 1, 3, 11, 6.4, width_ratios=(2, 1, 1))
-    largest = above_zero(max(np.abs(values).max(), np.abs(product).max()))
-    panels = ((probs, "attention probabilities", dict(cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(probs)))),
-              (values, "values", dict(cmap=SIGNED, vmin=-largest, vmax=largest)),
-              (product, product_name, dict(cmap=SIGNED, vmin=-largest, vmax=largest)))
-    for ax, (x, name, scale) in zip(axes[0], panels):
-        picture = ax.imshow(x, aspect="auto", interpolation="nearest", **scale)
-        ax.set_title(name)
-        if name != "values":  # its neighbour has the same scale
-            figure.colorbar(picture, ax=ax, location="right", shrink=0.6, aspect=30)
-    for axis in (axes[0, 0].xaxis, axes[0, 0].yaxis, axes[0, 1].yaxis):
-        label_tokens(axis, labels)
-    axes[0, 2].set_yticks([])  # its rows are its neighbour's
-    axes[0, 0].set(xlabel="attended to (key)", ylabel="attends (query)")
-    axes[0, 1].set_xlabel("dimension of the head (from 0)")
-    axes[0, 2].set_xlabel("dimension of the head (from 0)")
+    """Attention probabilities (T, T), values and product (T, d_head) of a sequence, the two in one
+    scale (Figure 2)."""
+    largest = above_zero(np.abs((values, product)))
+    panels = ((probs, "attention probabilities", AMOUNT, 0, above_zero(probs)),
+              (values, "values", SIGNED, -largest, largest),
+              (product, product_name, SIGNED, -largest, largest))
+    with sheet(title, 1, 3, 11, 6.4, width_ratios=(2, 1, 1)) as (figure, axes):
+        for ax, (x, name, colours, low, high) in zip(axes[0], panels):
+            picture = ax.imshow(x, colours, aspect="auto", vmin=low, vmax=high)
+            ax.set(title=name, xlabel="dimension of the head (from 0)", yticks=[])
+            if name != "values":  # its neighbour has the same scale
+                figure.colorbar(picture, ax=ax, location="right", shrink=0.6, aspect=30)
+        axes[0, 0].set(xlabel="attended to (key)", ylabel="attends (query)")
+        for axis in (axes[0, 0].xaxis, axes[0, 0].yaxis, axes[0, 1].yaxis):
+            label_tokens(axis, labels)
     return figure
 
 
-@style
-def head_on_images(images, outliers, outlier_name, magnitudes, magnitude_names, cumulative, probs, title):
-    """A row per image: the image (N, h, w, 3), outliers and cumulative attention over patches (N, rows, columns),
-    probabilities (N, T, T), and the mean |value| of two kinds of patches (N, 2), NaN where there is none (Figure 3)."""
-    figure, axes = sheet(title, len(images), 5, 11, 0.6 + 2.1 * len(images))
-    names = ("input image", outlier_name, "cumulative attention", "attention probabilities", "mean |value|")
-    for row, line in enumerate(axes):
-        line[0].imshow(images[row])
-        for ax, arrays in zip(line[1:4], (outliers, cumulative, probs)):
-            picture = ax.imshow(arrays[row], cmap=AMOUNT, vmin=0, vmax=above_zero(np.max(arrays)))
-            figure.colorbar(picture, ax=ax, shrink=0.7)
-        for ax in line[:4]:
-            ax.set(xticks=[], yticks=[])
-        line[3].set(xlabel="key", ylabel="query")
-        line[4].bar(magnitude_names, np.nan_to_num(magnitudes[row]), color=(RED, BLUE))
-        line[4].set_ylim(0, 1.1 * above_zero(np.nanmax(magnitudes)))
-        for x in np.flatnonzero(np.isnan(magnitudes[row])):
-            line[4].text(x, 0, "none", ha="center", va="bottom")
-        for ax, letter, name in zip(line, "abcde", names):
-            ax.set_title(f"({letter}) {name}" if row == 0 else "", fontsize=8)
+def head_on_images(images, outliers, outlier_name, magnitudes, cumulative, probs, title):
+    """A row per image: the image (N, h, w, 3), outliers and cumulative attention over patches
+    (N, rows, columns), probabilities (N, T, T), and the mean |value| of the patches with outliers
+    and of the others (N, 2), NaN where there is none (Figure 3)."""
+    with sheet(title, len(images), 5, 11, 0.6 + 2.1 * len(images)) as (figure, axes):
+        for ax, name in zip(axes[0], ("(a) image", f"(b) {outlier_name}", "(c) attention, summed",
+                                      "(d) attention probabilities", "(e) mean |value|")):
+            ax.set_title(name, fontsize=8)
+        for row, line in enumerate(axes):
+            for ax, arrays in zip(line, (images, outliers, cumulative, probs)):
+                picture = ax.imshow(arrays[row], AMOUNT, vmin=0, vmax=above_zero(arrays[row]))
+                ax.set(xticks=[], yticks=[])
+                if arrays is not images:
+                    figure.colorbar(picture, ax=ax, shrink=0.7)
+            line[3].set(xlabel="key", ylabel="query")
+            line[4].bar((outlier_name, "others"), magnitudes[row], color=(RED, BLUE))
+            line[4].set_ylim(0, 1.1 * above_zero(np.nan_to_num(magnitudes)))
+    return figure
+
+
+def gates_on_tokens(labels, gates, title):
+    """Which tokens heads gate off: pi (H, T)."""
+    figure = maps({"": gates}, "gate π", title, 1, 11, 0.5 + 0.3 * len(gates), xlabel="token",
+                  ylabel="head", yticks=range(len(gates)), yticklabels=range(1, len(gates) + 1))
+    label_tokens(figure.axes[0].xaxis, labels)
     return figure
 
 
 # ---- the mechanism ----
 
-@style
-def damage(kinds, sqnr, title):
-    """SQNR in dB (kinds, layers), a cell per tensor with its number; the darker, the more harm it does."""
-    figure, axes = sheet(title, 1, 1, 3 + 0.6 * sqnr.shape[1], 1.5 + 0.3 * len(kinds))
-    ax = axes[0, 0]
-    image = ax.imshow(sqnr, cmap="viridis", aspect="auto", vmin=0, vmax=50)
-    for row, column in np.ndindex(sqnr.shape):
-        if np.isfinite(sqnr[row, column]):
-            ax.text(column, row, f"{sqnr[row, column]:.0f}", ha="center", va="center", fontsize=8,
-                    color="white" if sqnr[row, column] < 25 else "black")
-    ax.set_xticks(range(sqnr.shape[1]), range(1, sqnr.shape[1] + 1))
-    ax.set_yticks(range(len(kinds)), kinds)
-    ax.set_xlabel("layer")
-    figure.colorbar(image, label="SQNR of the last hidden states, dB")
+def heads(measures, even, title):
+    """Each head a point, numbered layer.head: a sink that takes all, with a value near nothing, is
+    a head that does nothing. survey's measures, (L, H) each; `even`: even attention's sink rate."""
+    rate, value, spread = (measures[key] for key in ("sink_rate", "sink_value", "score_range"))
+    with sheet(title, 1, 1, 7, 4.6) as (figure, axes):
+        ax = axes[0, 0]
+        points = ax.scatter(rate, value, 45, np.ravel(spread), cmap=AMOUNT, vmin=0, edgecolor="k")
+        for layer, head in np.ndindex(rate.shape):
+            ax.text(rate[layer, head], value[layer, head], f"   {layer + 1}.{head + 1}", fontsize=7)
+        ax.axvline(even, color="grey", linestyle=":", label="even attention")
+        ax.axhline(1, color="grey", linestyle="--", label="a value of mean norm")
+        ax.set(xlabel="sink rate: share of attention on the most-attended token (log scale)",
+               ylabel="norm of its value / mean norm", ylim=(0, 1.1 * above_zero(value)),
+               xscale="log", xlim=(min([even, *rate[rate > 0]]) / 1.1, 1.1))
+        plain_log_ticks(ax.xaxis)
+        figure.legend(loc="outside lower center", ncols=2)
+        figure.colorbar(points, ax=ax, label="softmax input range")
     return figure
 
 
-@style
-def heads(sink_rate, sink_value, score_range, even, title):
-    """Each head a point, numbered layer.head: a sink that takes all, with a value near nothing, is a head that
-    does nothing. (L, H) each; `even` is the sink rate of even attention."""
-    figure, axes = sheet(title, 1, 1, 7, 4.6)
-    ax = axes[0, 0]
-    points = ax.scatter(sink_rate, sink_value, c=np.ravel(score_range), cmap=AMOUNT, vmin=0,  # (1, 4) would be a colour
-                        vmax=above_zero(np.max(score_range)), s=45, edgecolor="black", linewidth=0.5)
-    for at in np.ndindex(np.shape(sink_rate)):
-        ax.annotate(f"{at[0] + 1}.{at[1] + 1}", (sink_rate[at], sink_value[at]), (4, 4), textcoords="offset points",
-                    fontsize=7)
-    ax.axvline(even, color="grey", linestyle=":", linewidth=1)
-    ax.annotate("even attention", (even, 0), (3, 3), xycoords=("data", "axes fraction"), textcoords="offset points",
-                rotation=90, va="bottom", fontsize=7, color="dimgrey")
-    ax.axhline(1, color="grey", linestyle=":", linewidth=1)
-    ax.set(xlabel="sink rate: share of attention on the most-attended token (log scale)", xscale="log",
-           ylabel="norm of its value / mean norm")
-    plain_log_ticks(ax.xaxis)
-    ax.set_xlim(min(even, np.min(sink_rate[sink_rate > 0], initial=even)) / 1.1, 1.1)
-    ax.set_ylim(0, above_zero(1.1 * np.max(sink_value)))
-    figure.colorbar(points, ax=ax, label="softmax input range")
-    return figure
-
-
-@style
 def gate_histograms(counts, title):
-    """How open the gates are: (L, H, bins), counts over [0, 1]; a panel per layer, a line per head."""
-    layers, n_heads, bins = counts.shape
-    rows, columns = rows_and_columns(layers)
-    figure, axes = sheet(title, rows, columns, 9, 0.7 + 2.2 * rows, sharex=True, sharey=True)
-    for ax in axes.flat[layers:]:
-        ax.set_axis_off()
-    percent = 100 * counts / np.maximum(counts.sum(axis=-1, keepdims=True), 1)
-    for layer in range(layers):
-        for head in range(n_heads):
-            axes.flat[layer].stairs(percent[layer, head], np.linspace(0, 1, bins + 1), linewidth=1.5,
-                                    **line_style(head), label=f"head {head + 1}")
-        axes.flat[layer].set(title=f"layer {layer + 1}", xlabel="gate π")
-    axes.flat[0].set_ylabel("share of tokens (%)")
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside right upper")
-    return figure
+    """How open the gates are: (L, H, bins), counts over [0, 1]; a panel per layer."""
+    middles = (np.arange(counts.shape[2]) + 0.5) / counts.shape[2]
+    return curves({f"head {head + 1}": {f"layer {layer + 1}: tokens": (middles, x[head])
+                                        for layer, x in enumerate(counts)}
+                   for head in range(counts.shape[1])}, title, "gate π")
 
 
-@style
-def gates_on_tokens(labels, gates, title):
-    """Which tokens a head gates off: pi (H, T), from 0 to 1."""
-    figure, axes = sheet(title, 1, 1, 11, 1.2 + 0.3 * len(gates))
-    picture = axes[0, 0].imshow(gates, aspect="auto", cmap=AMOUNT, vmin=0, vmax=1, interpolation="nearest")
-    label_tokens(axes[0, 0].xaxis, labels)
-    axes[0, 0].set_yticks(range(len(gates)), range(1, len(gates) + 1))
-    axes[0, 0].set(xlabel="token", ylabel="head")
-    figure.colorbar(picture, ax=axes[0, 0], label="gate π", pad=0.01)
+def damage(kinds, sqnr, title):
+    """SQNR in dB (kinds, layers), a cell per tensor with its number: the darker, the more harm."""
+    layers = range(sqnr.shape[1])
+    with sheet(title, 1, 1, 3 + 0.6 * len(layers), 1.5 + 0.3 * len(kinds)) as (figure, axes):
+        ax = axes[0, 0]
+        image = ax.imshow(sqnr, AMOUNT, aspect="auto", vmin=0, vmax=50)
+        for (kind, layer), value in np.ndenumerate(sqnr):
+            ax.text(layer, kind, f"{value:.0f}", ha="center", va="center",
+                    color="white" if value < 25 else "black")
+        ax.set(xticks=layers, xticklabels=[layer + 1 for layer in layers], xlabel="layer",
+               yticks=range(len(kinds)), yticklabels=kinds)
+        figure.colorbar(image, label="SQNR of the last hidden states, dB")
     return figure
 
 
 # ---- several runs ----
 
-@style
-def magnitudes(activations, title):
-    """|x| of one sample over channels and tokens, {name: (T, d)}, in one scale (blog, Figure 1)."""
-    figure, axes = sheet(title, len(activations), 1, 9, 0.7 + 2.4 * len(activations))
-    largest = above_zero(max(np.abs(x).max() for x in activations.values()))
-    for ax, (name, x) in zip(axes[:, 0], activations.items()):
-        picture = ax.imshow(np.abs(x), aspect="auto", cmap=AMOUNT, vmin=0, vmax=largest, interpolation="nearest")
-        ax.set_title(name, parse_math=False)
-        ax.set(xlabel="hidden dimension (from 0)", ylabel="token position")
-    figure.colorbar(picture, ax=axes, label="|x|")
-    return figure
-
-
-@style
 def grids(values, parameters, n_bits, title):
-    """Histograms of one tap, {run: (N,)}, a column per run, and the grid of {run: (scale, zero point)} over them.
+    """Histograms of one tap, {run: (N,)}, a column per run, and the grid of {run: (scale, zero
+    point)} over them.
 
-    Above all values; below those within 16 of the finer grid's steps of 0. Rows share their axes: one sees the
-    same distance cut into fewer steps.
+    Above all values; below those within 16 of the finer grid's steps of 0. Rows share their axes:
+    one sees the same distance cut into fewer steps.
     """
-    figure, axes = sheet(title, 2, len(values), 4.5 * len(values), 5.5, sharex="row", sharey="row")
-    low, high = min(x.min() for x in values.values()), max(x.max() for x in values.values())
+    bins = np.histogram_bin_edges(np.concatenate([*values.values()]), 96)
     near = 16 * min(scale for scale, _ in parameters.values())
-    for column, (name, x) in enumerate(values.items()):
-        scale, zero_point = parameters[name]
-        points = scale * (np.arange(2 ** n_bits) - zero_point)
-        shown = points[np.abs(points) <= near]
-        whole, zoom = axes[:, column]
-        whole.hist(x, bins=np.linspace(low, high, 97), color=SKY, log=True)
-        whole.vlines(points[::16], 0, 0.1, transform=whole.get_xaxis_transform(), color=RED, linewidth=1)
-        whole.set_title(f"{name}\nstep {scale:.3g}; every 16th grid point in red", parse_math=False)
-        zoom.hist(x, bins=np.linspace(-near, near, 97), color=SKY)
-        zoom.vlines(shown, 0, 1, transform=zoom.get_xaxis_transform(), color=RED, linewidth=0.7)
-        zoom.set(title=f"near 0: {len(shown)} of {2 ** n_bits} grid points", xlim=(-near, near), xlabel="value")
-    axes[0, 0].set_ylabel("values (log scale)")
-    axes[1, 0].set_ylabel("values")
+    with sheet(title, 2, len(values), 9, 5.5, sharex="row", sharey="row") as (figure, axes):
+        for (whole, zoom), (name, x) in zip(axes.T, values.items()):
+            scale, zero_point = parameters[name]
+            points = scale * (np.arange(2 ** n_bits) - zero_point)
+            shown = points[np.abs(points) <= near]
+            whole.hist(x, bins, color=SKY, log=True)
+            whole.vlines(points[::16], 0, 0.1, RED, transform=whole.get_xaxis_transform())
+            whole.set(title=f"{name}\nstep {scale:.3g}; every 16th grid point in red")
+            zoom.hist(x, np.linspace(-near, near, 97), color=SKY)
+            zoom.vlines(shown, 0, 1, RED, transform=zoom.get_xaxis_transform(), linewidth=0.7)
+            zoom.set(title=f"near 0: {len(shown)} of {2 ** n_bits} grid points", xlabel="value",
+                     xlim=(-near, near))
+        figure.supylabel("values (above: log scale)", fontsize=9)
     return figure
 
 
-@style
 def curves(runs, title, xlabel="step"):
-    """{run: {quantity: (steps, values)}}: a panel per quantity, a line per run (blog, Figures 3, 5 and 6; Figures 6
-    and 7, over settings in words instead of steps). Norms, kurtoses and perplexities on log scales."""
+    """{run: {quantity: (x, values)}}: a panel per quantity, a line per run (blog, Figures 3, 5 and
+    6; the paper's 6 and 7). Norms, kurtoses and perplexities are on log scales."""
     quantities = list(next(iter(runs.values())))
-    rows = math.ceil(len(quantities) / 2)
-    figure, axes = sheet(title, rows, 2, 9, 0.9 + 2.5 * rows)
-    for ax in axes.flat[len(quantities):]:
-        ax.set_axis_off()
-    for ax, quantity in zip(axes.flat, quantities):
-        for i, (name, series) in enumerate(runs.items()):
-            ax.plot(*series[quantity], marker=".", **line_style(i), label=name)
-        logarithmic = quantity.startswith(("perplexity", "max inf", "avg kurtosis"))
-        ax.set(xlabel=xlabel, title=quantity + (" (log scale)" if logarithmic else ""))
-        if logarithmic:
-            ax.set_yscale("log")
-            plain_log_ticks(ax.yaxis)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    rows, columns = math.ceil(len(quantities) / 2), min(2, len(quantities))
+    with sheet(title, rows, columns, 9, 0.9 + 2.5 * rows, len(quantities)) as (figure, axes):
+        for ax, quantity in zip(axes.flat, quantities):
+            for name, series in runs.items():
+                ax.plot(*series[quantity], marker=".", label=name)
+            ax.set(xlabel=xlabel, title=quantity)
+            if any(word in quantity for word in ("perplexity", "max inf", "kurtosis")):
+                ax.set(title=f"{quantity} (log scale)", yscale="log")
+                plain_log_ticks(ax.yaxis)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+# ---- how far an outlier grows with the width of the model (docs/law.md) ----
+
+def height_of(kurtosis, n):
+    """max / sigma of one outlier among n - 1 Gaussian values, given their kurtosis (not excess).
+
+    It is (3 n + r^4) / n over ((n + r^2) / n)^2: a quadratic equation in r^2.
+    """
+    root = math.sqrt(kurtosis ** 2 + (n - kurtosis) * (kurtosis - 3))
+    return math.sqrt(n * (kurtosis + root) / (n - kurtosis))
+
+
+# (label, d, max / sigma), from Table 2's kurtosis of a sample's T * d values. One outlier per
+# sample is assumed, and the kurtosis is a mean over layers, with and without outliers: good to a
+# factor of 1.5. A line break moves a label off its neighbour.
+PUBLISHED = (
+    ("BERT-base", 768, height_of(3076, 128 * 768)),
+    ("OPT-125m", 768, height_of(1777, 512 * 768)),
+    ("ViT-S/16", 384, height_of(1018.3, 197 * 384)),
+    ("BERT-base, clipped\n", 768, height_of(80, 128 * 768)),
+    ("\nOPT-125m, gated", 768, height_of(18.9, 512 * 768)),
+    ("\n\nViT-S/16,\npatch LN, gated", 384, height_of(19.9, 197 * 384)))
+
+
+def law(table):
+    """max / sigma over d, a line per family and attention, on log scales, of the results that
+    `lab.reproduce law` has; squares: PUBLISHED; dotted: 1, 2, 5 and 10 times sqrt(d)."""
+    lines, widths = {}, np.array((24, 1000))
+    for row in table["rows"]:
+        points = lines.setdefault(row["line"], [])
+        points += [(int(row["x"]), height) for height in row["max_over_sigma"]["all"]]
+    with sheet(table["title"], 1, 1, 8, 5.5) as (figure, axes):
+        ax = axes[0, 0]
+        for line, points in lines.items():
+            ax.plot(*zip(*sorted(points)), marker="o", label=line)
+        for label, d, height in PUBLISHED:
+            ax.plot(d, height, "s", color="black", fillstyle="none")
+            ax.text(0.97 * d, height, label, fontsize=7, ha="right", va="center")
+        for times in (1, 2, 5, 10):
+            ax.plot(widths, times * np.sqrt(widths), ":", color="grey", linewidth=0.8)
+            ax.text(1000, times * math.sqrt(1000), f" {times}√d", color="grey", va="center")
+        ax.set(xscale="log", yscale="log", xlabel="width d", ylabel="max / sigma, worst layer")
+        plain_log_ticks(ax.xaxis)
+        plain_log_ticks(ax.yaxis)
+        ax.legend(loc="upper left")
     return figure

@@ -20,17 +20,22 @@ far below 2^31.
 A block has four such Linears, and each has its tap, whose grid its input lies on (`pairs`). Where
 nothing but the Linear reads the tap, the Linear does the tap's rounding, too. What else is
 quantized (embeddings, LayerNorm, attention's two products) computes with floats on the grid.
+
+The metric is the simulation's to three or four digits: float32 rounds its sums, integers need not,
+so that a value halfway between two points of the next grid may fall to the other side.
 """
 import copy
 import json
 import statistics
-import time
+from operator import truediv
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 import lab.cures  # noqa: F401, runs with such an attention open
+from lab.damage import last_states, scores
+from lab.timing import in_turns
 from minq import flags
 from minq.attention import Tap
 from minq.flags import UserError
@@ -39,7 +44,6 @@ from minq.runs import open_run
 from minq.training import pick_device, to_device
 
 SHIFT = 128  # the grid 0 .. 255 as int8: integers and zero point both move by it, and q - z stays
-ROUNDS = 5  # turns that each model takes when timed
 
 
 # ---- the kernel ----
@@ -79,14 +83,14 @@ class IntegerLinear(nn.Module):
         scale, _, n_bits, _ = linear.weight_grid
         rows = len(linear.weight) // len(scale)
         row_scale = scale.repeat_interleave(rows, dim=0)  # (N, 1)
-        integers = (linear.weight.detach() / row_scale).round()
+        integers = (linear.weight / row_scale).round()
         self.n_bits = tap.n_bits
         self.register_buffer("integers", integers.to(torch.int8))  # (N, K)
         self.register_buffer("in_scale", tap.scale)
         self.register_buffer("zero_point", tap.zero_point)
         self.register_buffer("scale", tap.scale * row_scale[:, 0])  # s_x s_w, (N,)
         offset = self.scale * (tap.zero_point - SHIFT) * integers.sum(dim=1)
-        self.register_buffer("bias", linear.bias.detach() - offset)
+        self.register_buffer("bias", 0 - offset if linear.bias is None else linear.bias - offset)
 
     def forward(self, x):
         q = quantize(x, self.in_scale, self.zero_point, self.n_bits) - SHIFT
@@ -98,7 +102,7 @@ class IntegerLinear(nn.Module):
 def pairs(model):
     """(module, name of its Linear, module of its tap, name of that tap, whether nothing else reads
     that tap), four per block."""
-    before = model, "embedding_norm_tap"  # post-LN: a layer's input, which its residual sum reads, too
+    before = model, "embedding_norm_tap"  # post-LN: a layer's input, read by a residual sum, too
     for block in model.layers:
         attention = block.attention
         alone = block.pre_norm and attention.gate is None  # a gate reads the Linears' input, too
@@ -112,20 +116,19 @@ def pairs(model):
         yield block, "ffn_down", block, "ffn_hidden_tap", True
 
 
+@torch.no_grad()
 def to_integer(model):
     """A copy of a calibrated model (quantize_model's) that multiplies integers: for evaluation.
 
     Raises UserError where int8 cannot follow: more than 8 bits, a range that is not calibrated, a
-    quantizer of another kind, a scale for part of a row.
+    quantizer of another kind, a scale for part of a row, a module that is more than a Linear.
     """
     model = copy.deepcopy(model)
-    read_alone = []
     for parent, name, place, tap_name, alone in pairs(model):
         linear, tap = getattr(parent, name), getattr(place, tap_name)
         setattr(parent, name, IntegerLinear(*checked(linear, tap, f"{name} behind {tap_name}")))
-        read_alone += [(place, tap_name)] if alone else []
-    for place, tap_name in read_alone:
-        setattr(place, tap_name, Tap())  # its Linear rounds
+        if alone:
+            setattr(place, tap_name, Tap())  # its Linear rounds
     return model.requires_grad_(False).eval()
 
 
@@ -133,12 +136,14 @@ def checked(linear, tap, name):
     grid = getattr(linear, "weight_grid", None)
     if type(tap) is not ActivationQuantizer or grid is None:
         raise UserError(f"{name}: expected a static grid for the tensor, and one for the weights")
+    if type(linear).forward is not nn.Linear.forward:
+        raise UserError(f"{name}: {type(linear).__name__} computes something else than a Linear")
     scale, _, n_bits, symmetric = grid
     if max(n_bits, tap.n_bits) > 8 or not symmetric:
-        raise UserError(f"{name}: expected at most 8 bits, and weights of either sign, for int8")
+        raise UserError(f"{name}: int8 holds at most 8 bits, and weights of either sign")
     if len(linear.weight) % len(scale):
-        raise UserError(f"{name}: {len(scale)} scales for {len(linear.weight)} rows of weights; a "
-                        "sum of integers needs one scale for the whole of a row")
+        raise UserError(f"{name}: a row of weights needs one scale; {len(scale)} do not divide "
+                        f"{len(linear.weight)} rows")
     if not tap.scale.isfinite():
         raise UserError(f"{name}: not calibrated, its scale is {tap.scale.item()}")
     return linear, tap
@@ -150,8 +155,9 @@ def checked(linear, tap, name):
 def main(argv=None):
     parser = flags.Parser(__doc__)
     flags.add_run_flags(parser, seeds=None)
-    parser.add_argument("--w-bits", type=flags.bits, default=8, help="of weights, 2 to 8")
-    parser.add_argument("--a-bits", type=flags.bits, default=8, help="of activations, 2 to 8")
+    for option, of in (("--w-bits", "weights"), ("--a-bits", "activations")):
+        eight = flags.number(int, low=2, high=8)
+        parser.add_argument(option, type=eight, default=8, help=f"of {of}, 2 to 8")
     parser.add_argument("--w-granularity", choices=("tensor", "channel"), default="tensor",
                         help="weights that share a scale")
     args = parser.parse_args(argv)
@@ -160,18 +166,19 @@ def main(argv=None):
         simulated = quantize_model(run.model, args.w_bits, args.a_bits,
                                    w_granularity=args.w_granularity)
         run.calibrate(simulated, 0, args.batches)
-        model = to_integer(simulated)
-        size = sum(x.nbytes for x in {id(x): x for x in model.state_dict().values()}.values())
-        rows.append({"run": run.name, "metric": run.model.metric,
-                     "bits": [args.w_bits, args.a_bits],
-                     "simulated": run.score(simulated, args.eval_batches),
-                     "integer": run.score(model, args.eval_batches), "bytes": size,
-                     **speedups(run, model)})
+        model, states = to_integer(simulated), list(last_states(run, run.model, args.eval_batches))
+        metric = lambda model: scores(run, model, states, args.eval_batches)["metric"]
+        rows.append({
+            "run": run.name, "metric": run.model.metric, "bits": [args.w_bits, args.a_bits],
+            "simulated": metric(simulated), "integer": metric(model),
+            "bytes": sum(x.nbytes for x in model.state_dict().values()),
+            "bytes_fp32": sum(x.nbytes for x in run.model.parameters()), **speedups(run, model)})
     if args.json:
         flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
     print(flags.markdown([{
         "run": row["run"], "simulated": f"{row['simulated']:.4g}",
-        "on integers": f"{row['integer']:.4g}", "MB": f"{row['bytes'] / 1e6:.3g}",
+        "on integers": f"{row['integer']:.4g}",
+        "MB (fp32)": f"{row['bytes'] / 1e6:.3g} ({row['bytes_fp32'] / 1e6:.3g})",
         "speed against fp32": f"{row['speedup_fp32']:.2f}x",
         "against bf16": f"{row['speedup_bf16']:.2f}x"} for row in rows]))
 
@@ -182,23 +189,10 @@ def speedups(run, model):
     inputs = to_device(next(iter(run.validation(1))), run.device)[0]
     low = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
     bf16 = copy.deepcopy(run.model).bfloat16()  # no weight is cast anew in each pass
-
-    def in_bf16():
-        with torch.autocast(run.device.type, torch.bfloat16):
-            bf16(*low)
-
-    passes = {"integer": lambda: model(*inputs), "fp32": lambda: run.model(*inputs),
-              "bf16": in_bf16}
-    seconds = {name: [] for name in passes}
-    for _ in range(1 + ROUNDS):
-        for name, function in passes.items():
-            started = time.perf_counter()
-            function()
-            if run.device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    ratio = lambda name: statistics.median(
-        a / b for a, b in zip(seconds[name][1:], seconds["integer"][1:]))
+    autocast = torch.autocast(run.device.type, torch.bfloat16)
+    seconds = in_turns({"integer": lambda: model(*inputs), "fp32": lambda: run.model(*inputs),
+                        "bf16": autocast(lambda: bf16(*low))}, rounds=5, device=run.device)
+    ratio = lambda name: statistics.median(map(truediv, seconds[name], seconds["integer"]))
     return {"speedup_fp32": ratio("fp32"), "speedup_bf16": ratio("bf16")}
 
 

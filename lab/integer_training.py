@@ -3,12 +3,14 @@
     python train_bert.py --fake-quant --fake-quant-linear integer
 
 minq/fake_quant.py rounds both operands of a product and multiplies them in floating point. Here
-they stay integers. With a scale s_x and a zero point z for each token t, a scale s_w for the weights:
+they stay integers. With a scale s_x and a zero point z for each token t, a scale s_w for the
+weights:
 
     y[t, n] = s_x[t] s_w (sum_k q_x[t, k] q_w[n, k] - z[t] sum_k q_w[n, k]) + b[n]
 
 Only the first sum is work, int8 times int8 into int32 (integer.int_mm). The second is one number
-per output, taken anew in each step, since weights move. The losses are the simulation's up to rounding.
+per output, taken anew in each step, since weights move. The losses are the simulation's up to
+rounding.
 
 Queries keys^T and probs values stay simulated. The second has no choice: values have a scale for
 each token, which is what that product sums over (fake_quant.py). The first would save little: its

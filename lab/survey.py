@@ -1,0 +1,205 @@
+"""The numbers behind the paper's figures: where outliers sit, what each head does (sec. 3).
+
+    found = survey(model, batches, device, tap="ffn_output", vocab_size=260)
+    found["heads"]["sink_rate"]                      # (layers, heads), a mean over samples
+    found["outliers"]["ffn_output"]["by_dimension"]  # (layers, d), outliers per sample
+
+Layers, heads, positions and dimensions count from 0 here; lab/analyze.py adds 1 to layers and
+heads.
+"""
+from contextlib import contextmanager
+from string import ascii_letters, digits, punctuation
+
+import numpy as np
+import torch
+
+from minq.outliers import Averages, is_outlier, listening, norms_and_kurtosis
+from minq.training import to_device
+
+OUTLIER_TAPS = ("ffn_output", "layer_output")
+HEAD_TAPS = ("probs", "scores", "values", "context", "gate_output")  # as head_measures takes them
+GATE_BINS = 20
+SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper's: [SEP] "." ","
+
+
+# ---- tensors of one forward pass ----
+
+@contextmanager
+def record(model, taps):
+    """Keep what passed the named taps last: `kept[tap][layer]`. "gate_output" is pi (B, H, T) or
+    (B, H, T, n), None without a gate. A key that is no token (cures.ExtraKey) is left out."""
+    kept, T = {tap: [None] * len(model.layers) for tap in taps}, model.config.seq_len
+
+    def keep(tap, layer, x):  # an extra key stands behind the tokens
+        x = x[..., :T] if tap in ("scores", "probs") else x
+        kept[tap][layer] = x[:, :, :T] if tap == "values" else x
+
+    with listening(model, taps, keep):
+        yield kept
+
+
+# ---- measures: one value per sample ----
+
+def outlier_measures(x):
+    """The paper's metrics of x (B, T, d), (B,) each; the number of outliers and the largest |x| of
+    each token position, (B, T), and of each hidden dimension, (B, d)."""
+    outliers, sizes = is_outlier(x), x.abs()
+    return norms_and_kurtosis(x) | {
+        "by_position": outliers.sum(dim=2), "by_dimension": outliers.sum(dim=1),
+        "peak_by_position": sizes.amax(dim=2), "peak_by_dimension": sizes.amax(dim=1)}
+
+
+def head_measures(probs, scores, values, context, gate=None, causal=False):
+    """What each head of a layer does, (B, H) each, and the position of each sample's sink, (B, H).
+
+    probs, scores (B, H, T, T): rows are queries; values (B, H, T, d_head); context (B, T, width),
+    after the gate; gate (B, H, T) or (B, H, T, n).
+
+    sink_rate    A token's share of a head's attention is its probability, averaged over all T
+                 queries; the sink is the token with the largest share, and the sink rate is that
+                 share. Even attention gives 1 / T. A clipped softmax hands out less than 1 per
+                 query, and a causal query gives 0 to later tokens: early ones get more.
+    sink_value   the norm of the sink's value vector, divided by the mean norm over all tokens
+    zeros, ones  the fraction of probabilities that are exactly 0 and exactly 1. Those that a causal
+                 mask forbids do not count, nor does the first causal query, which has no choice
+    score_range  a query's largest minus its smallest softmax input, unmasked ones only; mean over
+                 queries
+    update       the mean norm of what the head hands on, probabilities times values times gate,
+                 divided by the mean norm of its values: 0 is a head that does nothing
+    gate         the mean of pi over tokens (and dimensions), only where there is a gate
+    """
+    heads, T = probs.shape[1:3]
+    allowed = torch.ones(T, T, dtype=torch.bool, device=probs.device).tril(0 if causal else T)
+    possible = probs[..., allowed & (allowed.sum(dim=1, keepdim=True) > 1)]  # (B, H, n)
+    share, sink = probs.mean(dim=2).max(dim=-1)  # (B, H)
+    lengths = values.norm(dim=-1)  # (B, H, T)
+    mean_length = lengths.mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)  # a dead head's
+    highest = scores.masked_fill(~allowed, -torch.inf).amax(dim=-1)  # (B, H, T)
+    lowest = scores.masked_fill(~allowed, torch.inf).amin(dim=-1)
+    zeros, ones = ((possible == end).float().mean(dim=-1) for end in (0, 1))
+    measures = {"sink_rate": share, "zeros": zeros, "ones": ones,
+                "update": context.unflatten(-1, (heads, -1)).norm(dim=-1).mean(dim=1) / mean_length,
+                "sink_value": lengths.gather(-1, sink[..., None])[..., 0] / mean_length,
+                "score_range": (highest - lowest).mean(dim=-1)}
+    return measures | ({} if gate is None else {"gate": gate.flatten(2).mean(dim=-1)}), sink
+
+
+# ---- one pass over the validation data ----
+
+@torch.no_grad()
+def survey(model, batches, device, tap, vocab_size=None):
+    """Measure outliers and heads over `batches` of (inputs, targets). Returns a dict of arrays:
+
+    samples                 how many
+    outliers[tap][measure]  outlier_measures, (L, ...), means over samples
+    heads[measure]          head_measures, (L, H), means over samples
+    gate_counts             (L, H, GATE_BINS), a histogram of pi from 0 to 1; None without gates
+    sinks                   (L, H), the token id that is most often the sink
+    tokens                  (n,), how often each token id occurred
+    tokens_of_outliers      (L, n), outliers at each token id, in `tap`
+    tokens_of_peaks         (L, n), how often each token id held its sample's largest |x|, in `tap`
+
+    tap: ffn_output or layer_output. Token ids are those of the text, or, without `vocab_size`
+    (images), positions.
+    """
+    L, H, n = len(model.layers), model.config.heads, vocab_size or model.config.seq_len
+    tokens, of_outliers, of_peaks = np.zeros(n), np.zeros((L, n)), np.zeros((L, n))
+    sinks, gate_counts = np.zeros((L, H, n)), np.zeros((L, H, GATE_BINS))
+    averages = Averages(dict.fromkeys((*OUTLIER_TAPS, "heads"), L))
+    with record(model, (*OUTLIER_TAPS, *HEAD_TAPS)) as kept:
+        for batch in batches:
+            inputs, _ = to_device(batch, device)
+            model(*inputs)
+            B = len(inputs[0])
+            ids = inputs[0] if vocab_size else torch.arange(n, device=device).expand(B, n)  # (B, T)
+            tokens += count(ids[:, None], n)[0]
+            for layer in range(L):
+                for name in OUTLIER_TAPS:
+                    averages.add(name, layer, outlier_measures(kept[name][layer]), B)
+                sample, position, _ = is_outlier(kept[tap][layer]).nonzero(as_tuple=True)
+                of_outliers[layer] += count(ids[sample, position, None], n)[0]
+                peak = kept[tap][layer].abs().amax(dim=2).argmax(dim=1, keepdim=True)  # (B, 1)
+                of_peaks[layer] += count(ids.gather(1, peak), n)[0]
+
+                tensors = [kept[name][layer] for name in HEAD_TAPS]
+                measures, sink = head_measures(*tensors, model.config.causal)
+                averages.add("heads", layer, measures, B)
+                sinks[layer] += count(ids.gather(1, sink), n)
+                if (pi := kept["gate_output"][layer]) is not None:
+                    bins = (GATE_BINS * pi).long().clamp(max=GATE_BINS - 1)
+                    gate_counts[layer] += count(bins, GATE_BINS)
+    means = {name: {measure: np.array(x, np.float32) for measure, x in measures.items()}
+             for name, measures in averages.mean.items()}
+    return {"samples": averages.counts["heads"][0], "heads": means.pop("heads"), "outliers": means,
+            "sinks": sinks.argmax(axis=-1), "tokens": tokens, "tokens_of_outliers": of_outliers,
+            "tokens_of_peaks": of_peaks, "gate_counts": gate_counts if gate_counts.any() else None}
+
+
+def count(ids, n):
+    """How often each of n ids occurs in each column: ids (B, H, ...) -> (H, n)."""
+    return np.stack([np.bincount(x.flatten().cpu(), minlength=n) for x in ids.unbind(1)])
+
+
+def worst_dimension(outliers):
+    """(layer, dimension) with the most outliers; among equals, the largest mean peak.
+
+    The last layer is left out if there are others: what stands in its output reaches no head
+    (Figure 4).
+    """
+    counts, peaks = outliers["by_dimension"], outliers["peak_by_dimension"]  # (L, d)
+    places = np.ndindex(max(1, len(counts) - 1), counts.shape[1])
+    return max(places, key=lambda at: (counts[at], peaks[at]))
+
+
+# ---- tokens by name ----
+
+def token_names(text):
+    """What to write on an axis for each token id of a Text: characters, words, or numbers."""
+    marks = {" ": "␣", "\n": "↵", "\t": "⇥", "\r": "␍"}
+    byte = lambda i: marks.get(chr(i), chr(i) if 32 < i < 127 else f"{i:02x}")
+    known = text.words or [byte(i) for i in range(256 if text.is_bytes else 0)]
+    names = known + [str(i) for i in range(len(known), text.vocab_size)]
+    for name in SPECIALS:
+        names[getattr(text, name.strip("[]").lower())] = name
+    return names
+
+
+def token_groups(names, is_bytes):
+    """The group of each token: a special's own name, a byte's kind, "punctuation" or "token"."""
+    kinds, other = {name: name for name in SPECIALS}, "other byte" if is_bytes else "token"
+    if is_bytes:
+        kinds |= {"␣": "space", "↵": "newline"} | dict.fromkeys(digits, "digit")
+        kinds |= dict.fromkeys(ascii_letters, "letter")
+    return [kinds.get(name, other if name.strip(punctuation) else "punctuation") for name in names]
+
+
+def group_shares(groups, counts):
+    """{group: its share of `counts`, one per token id}, and that of DELIMITERS together; all zeros
+    if nothing was counted."""
+    of_token, total = np.array(groups), max(counts.sum(), 1)
+    shares = {group: counts[of_token == group].sum() / total for group in dict.fromkeys(groups)}
+    return shares | {"all delimiters": sum(shares.get(group, 0.0) for group in DELIMITERS)}
+
+
+# ---- tokens that are patches ----
+
+def on_patches(positions):
+    """(N, T) -> (N, rows, columns): tokens back in their places in the image, without [CLS]."""
+    return positions[:, 1:].reshape(len(positions), round((positions.shape[1] - 1) ** 0.5), -1)
+
+
+def outlier_patches(x, values):
+    """What Figure 3 shows of N images: x (N, T, d) has the outliers, values (N, T, d_head) are a
+    head's. Returns a map (N, rows, columns), what it shows, and the mean |value| of those patches
+    and of the others (N, 2); NaN is a mean of nothing.
+
+    Where no image has an outlier, the map is the largest |x|, and its largest patch stands in.
+    """
+    outliers = is_outlier(torch.from_numpy(x)).sum(dim=2).numpy()  # (N, T)
+    peaks, found = np.abs(x).max(axis=2), outliers[:, 1:].any()
+    marked = outliers > 0 if found else peaks == peaks[:, 1:].max(axis=1, keepdims=True)
+    means = [[size[1:][part[1:]].mean() if part[1:].any() else np.nan for part in (mark, ~mark)]
+             for size, mark in zip(np.abs(values).mean(axis=2), marked)]
+    name, shown = ("outliers", outliers) if found else ("largest |x|", peaks)
+    return on_patches(shown), name, np.array(means)
