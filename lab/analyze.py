@@ -29,6 +29,8 @@ from minq.quant import affine_parameters, value_range
 from minq.runs import open_run
 from minq.training import pick_device, to_device
 
+BATCHES = 16  # validation batches, unless told
+
 
 @flags.one_line_errors
 @torch.no_grad()
@@ -37,7 +39,7 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     flags.add_run_flags(parser, batches=None, seeds=None)
     add = parser.add_argument
-    add("--batches", type=flags.positive, dest="eval_batches", help="the same as --eval-batches")
+    add("--batches", type=flags.positive, dest="eval_batches", help="--eval-batches; default 16")
     add("--layer", type=flags.positive, help="from 1; by default the one after the outliers")
     add("--head", type=flags.positive, help="from 1; by default that of the worst dimension")
     add("--gates", action="store_true", help="also show that layer's gates, token by token")
@@ -91,7 +93,7 @@ def analyze(args):
     name, config, tap = run.name, run.model.config, run.model.norm_tap
     text, L, H = getattr(run.data, "text", None), config.layers, config.heads
     names = token_names(text) if text else [*map(str, range(config.seq_len))]
-    got = survey(run.model, run.validation(args.eval_batches), run.device, tap, text and len(names))
+    got = survey(run.model, run.validation(args.eval_batches or BATCHES), run.device, tap, text and len(names))
     outliers, heads, carriers = (got[key] for key in ("outliers", "heads", "tokens_of_outliers"))
     settings = run.checkpoint["args"] | flags.attention_settings(config)
     print(f"{name}: {run.model.family}, {config.attention} attention, step {run.checkpoint['step']}"
@@ -195,7 +197,7 @@ def compare(args, bits=8):
         run = opened(args, name, family)
         family, tap = run.model.family, run.model.norm_tap
         with record(run.model, (tap,)) as kept:
-            found = survey(run.model, run.validation(args.eval_batches), run.device, tap)
+            found = survey(run.model, run.validation(args.eval_batches or BATCHES), run.device, tap)
         norms, kurtosis = (found["outliers"][tap][key] for key in ("inf_norm", "kurtosis"))
         layer = int(np.argmax(norms)) if layer is None else layer
         values = kept[tap][layer].float().cpu()  # (B, T, d)

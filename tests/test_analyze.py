@@ -1,4 +1,5 @@
-"""The figures hold the numbers they are given, the numbers equal loops written out, the script runs on real runs."""
+"""The numbers of lab/survey.py equal loops written out, the figures hold what they are given, and
+lab/analyze.py runs on runs of every family."""
 import json
 import re
 import sys
@@ -7,308 +8,316 @@ import numpy as np
 import pytest
 import torch
 
-import minq
-from minq import analysis
-from minq.checkpoints import from_checkpoint, load_checkpoint
+import lab
+from lab import survey
 from minq.data import load_text
 from minq.outliers import is_outlier
 from minq.runs import open_run
-from running import SMALL, SMALL_VIT, run
+from running import ROOT, SMALL_VIT, logged, run
+from small import inputs, small
 
-figures = pytest.importorskip("minq.figures", reason="pip install -e '.[plots]'")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A tiny run of every family, and a gated and a clipped one."""
-    folder = tmp_path_factory.mktemp("runs")
-    text = folder / "text.txt"
-    text.write_text("the quick brown fox jumps over the lazy dog. " * 500)
-    np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (60, 32, 32, 3), dtype=np.uint8))
-    np.save(folder / "labels.npy", np.arange(60) % 10)
-    for name, options in {"bert": [], "gated": ["--attention", "gated"], "clipped": ["--attention", "clipped"]}.items():
-        run("train_bert.py", *SMALL, "--data", text, *options, "--out", folder / name)
-    run("train_opt.py", *SMALL, "--data", text, "--out", folder / "opt")
-    run("train_vit.py", *SMALL_VIT, "--data", folder, "--out", folder / "vit")
-    return folder
+CPU, ZOO = torch.device("cpu"), ROOT / "zoo"
+figures = pytest.importorskip("lab.figures", reason="pip install -e '.[plots]'")
 
 
 # ---- the numbers ----
 
-def test_heads_equal_loops_written_out():
+@pytest.mark.parametrize("causal", [False, True])
+def test_heads_equal_single_ones_in_numpy(causal):
     B, H, T, d = 2, 3, 5, 4
     rng = np.random.default_rng(0)
-    for causal in (False, True):
-        scores = rng.normal(size=(B, H, T, T)).astype(np.float32) * 3
-        masked = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf) if causal else scores
-        probs = (1.2 * torch.from_numpy(masked).float().softmax(-1) - 0.1).clamp(0, 1).numpy()
-        values = rng.normal(size=(B, H, T, d)).astype(np.float32)
-        gate = rng.random((B, H, T)).astype(np.float32)
-        context = (probs @ values * gate[..., None]).transpose(0, 2, 1, 3).reshape(B, T, H * d)
-        tensors = map(torch.from_numpy, (probs, scores, values, context, gate))
-        found, sinks = analysis.head_measures(*tensors, causal=causal)
-        some = 0
-        for b, h in np.ndindex(B, H):
-            shares = [sum(probs[b, h, t, s] for t in range(T)) / T for s in range(T)]
-            sink = int(np.argmax(shares))
-            norm = [np.sqrt(sum(v ** 2 for v in values[b, h, t])) for t in range(T)]
-            zeros = ones = possible = 0
-            ranges, handed_on = [], []
-            for t in range(T):
-                keys = range(t + 1) if causal else range(T)
-                ranges.append(max(scores[b, h, t, s] for s in keys) - min(scores[b, h, t, s] for s in keys))
-                update = sum(probs[b, h, t, s] * values[b, h, s] for s in range(T))
-                handed_on.append(np.linalg.norm(gate[b, h, t] * update))
-                for s in keys if len(keys) > 1 else ():
-                    possible += 1
-                    zeros += probs[b, h, t, s] == 0
-                    ones += probs[b, h, t, s] == 1
-            some += zeros
-            expected = {"sink_rate": shares[sink], "sink_value": norm[sink] / np.mean(norm), "zeros": zeros / possible,
-                        "ones": ones / possible, "score_range": np.mean(ranges), "gate": np.mean(gate[b, h]),
-                        "update": np.mean(handed_on) / np.mean(norm)}
-            assert sinks[b, h] == sink and found.keys() == expected.keys()
-            for name, value in expected.items():
-                assert found[name][b, h].item() == pytest.approx(float(value), rel=1e-5, abs=1e-7), name
-        assert some  # or the comparison of zeros was one of nothing
+    scores = rng.normal(size=(B, H, T, T)).astype(np.float32) * 3
+    masked = np.where(np.tril(np.ones((T, T), bool)), scores, -np.inf) if causal else scores
+    probs = (1.2 * torch.from_numpy(masked).float().softmax(-1) - 0.1).clamp(0, 1).numpy()
+    values = rng.normal(size=(B, H, T, d)).astype(np.float32)
+    gate = rng.random((B, H, T)).astype(np.float32)
+    context = (probs @ values * gate[..., None]).transpose(0, 2, 1, 3).reshape(B, T, H * d)
+    tensors = map(torch.from_numpy, (probs, scores, values, context, gate))
+    found, sinks = survey.head_measures(*tensors, causal=causal)
+    for b, h in np.ndindex(B, H):
+        p, v, share = probs[b, h], values[b, h], probs[b, h].mean(axis=0)
+        keys = [range(t + 1) if causal else range(T) for t in range(T)]
+        possible = np.concatenate([p[t, keys[t]] for t in range(T) if len(keys[t]) > 1])
+        norms, update = np.linalg.norm(v, axis=1), gate[b, h][:, None] * (p @ v)
+        assert sinks[b, h] == share.argmax()
+        assert {name: x[b, h].item() for name, x in found.items()} == pytest.approx({
+            "sink_rate": share.max(), "sink_value": norms[share.argmax()] / norms.mean(),
+            "zeros": (possible == 0).mean(), "ones": (possible == 1).mean(),
+            "score_range": np.mean([np.ptp(scores[b, h, t, keys[t]]) for t in range(T)]),
+            "update": np.linalg.norm(update, axis=1).mean() / norms.mean(),
+            "gate": gate[b, h].mean()}, rel=1e-5, abs=1e-7)
+    assert 0 < found["zeros"].mean() < 1  # or the comparison of zeros was one of nothing
 
 
 def test_a_dead_head_divides_by_nothing():
     zeros = torch.zeros(1, 1, 3, 3)
-    found, _ = analysis.head_measures(zeros, zeros, zeros, torch.zeros(1, 3, 3))
-    assert all(torch.isfinite(value).all() for value in found.values()) and found["zeros"].item() == 1
+    found, _ = survey.head_measures(zeros, zeros, zeros, torch.zeros(1, 3, 3))
+    assert all(x.isfinite().all() for x in found.values()) and found["zeros"].item() == 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", ["bert", "opt"])
-def test_survey_equals_a_loop_over_single_sequences(runs, family):
-    checkpoint = load_checkpoint(runs / family)
-    model = from_checkpoint(checkpoint, family).eval()
-    with torch.no_grad():  # real outliers, for there are none in so young a run
-        model.layers[0].ffn_down.weight[7] *= 100
-    text = torch.from_numpy(load_text(runs / "text.txt").tokens[:7 * 16].copy()).long().view(7, 16)
+@torch.no_grad()
+def test_survey_equals_a_loop_over_single_sequences(family):
+    model = small(family, attention="gated").eval()
+    model.layers[0].ffn_down.weight[7] *= 100  # outliers, for an untrained model has none
+    text = inputs(family, n=7) % 40
     batches = [((text[:4],), text[:4]), ((text[4:],), text[4:])]
-    found = analysis.survey(model, batches, torch.device("cpu"), "ffn_output", 260)
-    assert found["samples"] == 7 and np.array_equal(found["tokens"], np.bincount(text.flatten(), minlength=260))
-
-    by_dimension, sink_rate, by_token, peaks = (np.zeros((2, n)) for n in (32, 4, 260, 260))
-    for sequence in text:
-        with analysis.record(model, ("ffn_output", "probs")) as kept:
+    found = survey.survey(model, batches, CPU, "ffn_output", 260)
+    means = {"by_dimension": np.zeros((2, 32)), "sink_rate": np.zeros((2, 4)), "zeros": 0}
+    by_token, peaks = np.zeros((2, 2, 260))
+    sinks, gates = np.zeros((2, 4, 260)), np.zeros((2, 4, 20))
+    for sequence, layer in ((sequence, layer) for sequence in text for layer in range(2)):
+        with survey.record(model, ("ffn_output", "probs", "gate_output")) as kept:
             model(sequence[None])
-        for layer in range(2):
-            x = kept["ffn_output"][layer]
-            for t, dimension in is_outlier(x)[0].nonzero().tolist():
-                by_dimension[layer, dimension] += 1
-                by_token[layer, sequence[t]] += 1
-            peaks[layer, sequence[x[0].abs().amax(dim=1).argmax()]] += 1
-            sink_rate[layer] += kept["probs"][layer][0].mean(dim=1).amax(dim=-1).numpy() / 7
-    assert by_dimension[0, 7] == by_dimension[0].sum() > 7
-    np.testing.assert_array_equal(found["outliers"]["ffn_output"]["by_dimension"], by_dimension)
-    np.testing.assert_array_equal(found["tokens_of_outliers"], by_token)
-    np.testing.assert_array_equal(found["tokens_of_peaks"], peaks)
-    np.testing.assert_allclose(found["heads"]["sink_rate"], sink_rate, rtol=1e-5)
-    assert analysis.worst_dimension(found["outliers"]["ffn_output"]) == (0, 7)
-    if family == "opt":
-        assert (found["heads"]["zeros"] == 0).all() and (found["heads"]["ones"] == 0).all()  # masked ones do not count
+        x, share = kept["ffn_output"][layer][0], kept["probs"][layer][0].mean(dim=1)  # (T, d)
+        for t, dimension in is_outlier(x[None])[0].nonzero().tolist():
+            means["by_dimension"][layer, dimension] += 1 / 7
+            by_token[layer, sequence[t]] += 1
+        means["sink_rate"][layer] += share.amax(dim=1).numpy() / 7
+        peaks[layer, sequence[x.abs().amax(dim=1).argmax()]] += 1
+        for head in range(4):
+            sinks[layer, head, sequence[share[head].argmax()]] += 1
+            pi = kept["gate_output"][layer][0, head]
+            gates[layer, head] += np.histogram(pi, bins=20, range=(0, 1))[0]
+    outliers = found["outliers"]["ffn_output"]
+    assert means["by_dimension"][0, 7] == means["by_dimension"].sum() >= 1
+    for name, expected in means.items():
+        np.testing.assert_allclose((outliers | found["heads"])[name], expected, rtol=1e-5)
+    counts = {"samples": 7, "tokens": np.bincount(text.flatten(), minlength=260),
+              "tokens_of_outliers": by_token, "tokens_of_peaks": peaks,
+              "sinks": sinks.argmax(axis=-1), "gate_counts": gates}
+    assert all(np.array_equal(found[name], expected) for name, expected in counts.items())
+    assert survey.worst_dimension(outliers) == (0, 7)
+
+
+def test_outliers_by_position_and_dimension():
+    x = torch.randn(2, 30, 20, generator=torch.Generator().manual_seed(0))
+    x[1, 3, 5], x[1, 3, 6] = 40.0, -50.0
+    found = survey.outlier_measures(x)
+    assert found["by_dimension"].nonzero().tolist() == [[1, 5], [1, 6]]
+    assert (found["by_position"][1, 3], found["by_position"].sum()) == (2, 2)
+    assert (found["peak_by_position"][1, 3], found["peak_by_dimension"][1, 5]) == (50, 40)
 
 
 def test_the_worst_dimension():
     peaks = np.array([[1, 2, 3, 1], [1, 9, 1, 1], [1, 1, 1, 99]])
     quiet = {"by_dimension": np.zeros((3, 4)), "peak_by_dimension": peaks}
-    assert analysis.worst_dimension(quiet) == (1, 1)  # the last layer's outliers reach no head
+    assert survey.worst_dimension(quiet) == (1, 1)  # the last layer's outliers reach no head
+    assert survey.worst_dimension({name: x[:1] for name, x in quiet.items()}) == (0, 2)
     quiet["by_dimension"][0, 3] = 1
-    assert analysis.worst_dimension(quiet) == (0, 3)
-    alone = {"by_dimension": np.zeros((1, 4)), "peak_by_dimension": peaks[:1]}
-    assert analysis.worst_dimension(alone) == (0, 2)
+    assert survey.worst_dimension(quiet) == (0, 3)
 
 
-def test_groups_of_tokens_and_their_shares(runs):
-    names = analysis.token_names(load_text(runs / "text.txt"))
-    groups = analysis.token_groups(names, is_bytes=True)
-    for byte, group in {" ": "space", "\n": "newline", "\t": "other byte", ".": "punctuation", "[": "punctuation",
-                        "a": "letter", "Z": "letter", "7": "digit", "\xe9": "other byte"}.items():
-        assert groups[ord(byte)] == group
-    assert names[256:] == groups[256:] == ["[PAD]", "[CLS]", "[SEP]", "[MASK]"] and names[ord(" ")] == "␣"
+def test_groups_of_tokens_and_their_shares(corpus):
+    names = survey.token_names(load_text(corpus))
+    groups = survey.token_groups(names, is_bytes=True)
+    kinds = {" ": "space", "\n": "newline", ".": "punctuation", "[": "punctuation", "a": "letter",
+             "Z": "letter", "7": "digit"} | dict.fromkeys("\t\xe9\xff", "other byte")
+    assert {byte: groups[ord(byte)] for byte in kinds} == kinds and names[ord(" ")] == "␣"
+    assert names[256:] == groups[256:] == [*survey.SPECIALS]
+    assert survey.token_groups(["0", "...", "[CLS]"], False) == ["token", "punctuation", "[CLS]"]
 
     counts = np.zeros(260)
     counts[[ord(" "), ord("."), 258, ord("a"), 259]] = 4, 3, 2, 1, 10
-    shares = analysis.group_shares(groups, counts)
-    assert shares["space"] == 0.2 and shares["[MASK]"] == 0.5 and sum(shares.values()) == pytest.approx(1)
-    assert analysis.delimiter_share(shares) == pytest.approx(9 / 20)
-    assert set(analysis.group_shares(groups, np.zeros(260)).values()) == {0}
-    assert analysis.token_groups(["0", "[CLS]"], is_bytes=False) == ["token", "[CLS]"]
+    shares = survey.group_shares(groups, counts)
+    assert shares.pop("all delimiters") == pytest.approx(9 / 20)
+    assert shares["space"] == 0.2 and sum(shares.values()) == pytest.approx(1)
+    assert set(survey.group_shares(groups, np.zeros(260)).values()) == {0}
 
 
 def test_outlier_patches():
-    x, values = np.random.default_rng(0).normal(size=(2, 17, 40)).astype(np.float32), np.ones((2, 17, 8), np.float32)
-    values[0, 1 + 6] = 0.25
-    x[0, 1 + 6, 3] = 5  # the largest, but no outlier
-    picture, name, means, kinds = analysis.outlier_patches(x, values)
-    assert name == "largest |x|" and kinds == ("largest", "others")
-    assert picture[0, 1, 2] == 5 and means[0].tolist() == [0.25, 1]
+    x = np.random.default_rng(0).normal(size=(2, 17, 40)).astype(np.float32)
+    values = np.ones((2, 17, 8), np.float32)
+    values[0, 1 + 6], x[0, 1 + 6, 3] = 0.25, 5  # the largest, but no outlier
+    picture, name, means = survey.outlier_patches(x, values)
+    assert name == "largest |x|" and picture[0, 1, 2] == 5 and means[0].tolist() == [0.25, 1]
     x[0, 1 + 6, 3] = 100
-    picture, name, means, kinds = analysis.outlier_patches(x, values)
-    assert name == "outliers" and picture.shape == (2, 4, 4) and picture.sum() == picture[0, 1, 2] == 1
-    assert means[0].tolist() == [0.25, 1] and np.isnan(means[1, 0]) and means[1, 1] == 1  # none in the second image
+    picture, name, means = survey.outlier_patches(x, values)
+    assert name == "outliers" and picture[0, 1, 2] == picture.sum() == 1
+    np.testing.assert_array_equal(means, [[0.25, 1], [np.nan, 1]])  # the second image has none
 
 
 # ---- the figures ----
 
-def titles(figure):
-    return [ax.get_title() or ax.get_title(loc="right") for ax in figure.axes]
+lines = lambda ax: {line.get_label(): [*map(tuple, line.get_xydata())] for line in ax.lines}
+words = lambda labels: [label.get_text().strip() for label in labels]
+drawn = lambda figure: figure.canvas.draw() or figure
 
 
 def test_histograms_show_the_counts():
-    by_position = np.array([[0, 2, 1], [1, 5, 0], [0, 0, 0]])
-    by_dimension = np.array([[0, 0, 3, 0], [0, 0, 0, 6], [0, 0, 0, 0]])
-    axes = figures.histograms(by_position, by_dimension, "outliers", "run").axes
-    counts = [ax.patches[0].get_data().values.tolist() for ax in axes]
-    assert counts == [[0, 2, 1], [0, 0, 3, 0], [1, 5, 0], [0, 0, 0, 6], [0, 0, 0], [0, 0, 0, 0]]
-    assert [ax.get_title(loc="right") for ax in axes] == [
+    counts = {"by_position": np.array([[0, 2, 1], [1, 5, 0], [0, 0, 0]]),
+              "by_dimension": np.array([[0, 0, 3, 0], [0, 0, 0, 6], [0, 0, 0, 0]])}
+    shown = lambda figure: [ax.patches[0].get_data().values.tolist() for ax in figure.axes]
+    figure = figures.histograms(counts, "run")
+    expected = [x[layer].tolist() for layer in range(3) for x in counts.values()]
+    assert shown(figure) == expected and figure.get_supylabel() == "outliers per sample"
+    assert [ax.get_title(loc="right") for ax in figure.axes] == [
         "layer 1: most at 1", "layer 1: most at 2", "layer 2: most at 1", "layer 2: most at 3",
         "layer 3: none", "layer 3: none"]  # layers from 1, positions and dimensions from 0
-    assert [ax.get_ylim()[1] for ax in axes] == pytest.approx([5.25, 6.3] * 3)  # nothing is cut off
+    assert figure.axes[0].get_ylim() == pytest.approx((0, 5.25))  # nothing is cut off
+    peaks = {f"peak_{name}": x for name, x in counts.items()}
+    figure = figures.histograms(peaks | {name: 0 * x for name, x in counts.items()}, "run")
+    assert shown(figure) == expected and figure.get_supylabel() == "no outliers: largest |x|"
 
 
-def test_lines_and_bars_show_the_values():
-    figure = figures.norms_by_layer({"ffn_output": [3, 5], "layer_output": [2, 1]}, {"ffn_output": [4, 40]}, "run")
-    line, other = figure.axes[0].lines
-    assert line.get_xdata().tolist() == [1, 2] and line.get_ydata().tolist() == [3, 5]
-    assert other.get_ydata().tolist() == [2, 1]
-    assert figure.axes[1].get_yscale() == "log" and "log" in figure.axes[1].get_ylabel()
-    ax, = figures.shares(["space", "letter"], [0.9, 0.1], [0.2, 0.8], "outliers", "run").axes
-    assert [bar.get_width() for bar in ax.patches] == pytest.approx([90, 10, 20, 80])
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["space", "letter"]
-    series = {"perplexity": ([1, 2], [9, 8]), "training loss": ([1, 2], [3, 2])}
-    figure = figures.curves({"a": series, "b": series}, "runs")
-    assert [line.get_label() for line in figure.axes[0].lines] == ["a", "b"]
-    assert figure.axes[0].lines[1].get_ydata().tolist() == [9, 8] and figure.axes[0].get_yscale() == "log"
-    assert titles(figure) == ["perplexity (log scale)", "training loss"]
-    counts = np.zeros((5, 2, 4))
-    counts[0, 1] = 1, 0, 0, 3
-    stairs = figures.gate_histograms(counts, "run").axes[0].patches
-    assert stairs[1].get_data().values.tolist() == [25, 0, 0, 75] and stairs[1].get_label() == "head 2"
+def test_lines_show_the_values():
+    series = {"perplexity": ([1, 2], [9, 8]), "loss": ([1, 2], [3, 2])}
+    left, right = figures.curves({"a": series, "b": series}, "runs").axes
+    assert lines(left) == {"a": [(1, 9), (2, 8)], "b": [(1, 9), (2, 8)]}
+    assert (left.get_title(), right.get_title()) == ("perplexity (log scale)", "loss")
+    assert (left.get_yscale(), right.get_yscale()) == ("log", "linear")
+
+    rows = [{"tokens": "space", "outliers": 9, "all": 2}, {"tokens": "x", "outliers": 1, "all": 8}]
+    (ax,) = figures.shares(rows, "run").axes
+    assert lines(ax) == {"outliers": [(0, 9), (1, 1)], "all": [(0, 2), (1, 8)]}
+
+    counts = np.zeros((3, 2, 4))
+    counts[2, 1] = 1, 0, 0, 3
+    ax = figures.gate_histograms(counts, "run").axes[2]
+    assert lines(ax)["head 2"] == [(0.125, 1), (0.375, 0), (0.625, 0), (0.875, 3)]
 
 
 def test_maps_have_one_scale():
     maps = np.zeros((5, 2, 2))
     maps[3, 1, 0] = 7
-    images = [ax.images[0] for ax in figures.patch_maps(maps, "outliers", "run").axes if ax.images]
+    images = [ax.images[0] for ax in figures.patch_maps(maps, "run").axes if ax.images]
     assert len(images) == 5 and {image.get_clim() for image in images} == {(0, 7)}
     assert np.array_equal(images[3].get_array(), maps[3])
     figure = figures.magnitudes({"a": np.array([[1.0, -9]]), "b": np.array([[2.0, 3]])}, "x")
     assert {ax.images[0].get_clim() for ax in figure.axes[:2]} == {(0, 9)}
-    assert figures.png(figures.patch_maps(np.zeros((1, 2, 2)), "outliers", "nothing")).startswith(b"\x89PNG")
+    drawn(figures.patch_maps(np.zeros((1, 2, 2)), "nothing"))
 
 
-@pytest.mark.slow
 def test_a_head_on_text_and_on_images():
     labels, probs = ["[CLS]", "$", "$"], np.eye(3) / 2
-    figure = figures.head_on_text(labels, probs, np.full((3, 2), -4.0), np.ones((3, 2)), "product", "a head")
-    pictures = [ax.images[0] for ax in figure.axes[:3]]
-    assert pictures[0].get_clim() == (0, 0.5) and pictures[1].get_clim() == pictures[2].get_clim() == (-4, 4)
-    assert [label.get_text() for label in figure.axes[0].get_xticklabels()] == labels and titles(figure)[2] == "product"
-    assert figures.png(figure)
-    assert len(figures.head_on_text(["x"] * 200, np.eye(200), np.ones((200, 2)), np.ones((200, 2)), "", "")
-               .axes[0].get_xticklabels()) <= 64
+    figure = figures.head_on_text(labels, probs, np.full((3, 2), -4.0), np.ones((3, 2)), "out", "")
+    limits = [ax.images[0].get_clim() for ax in figure.axes[:3]]
+    assert limits == [(0, 0.5), (-4, 4), (-4, 4)]
+    assert words(drawn(figure).axes[0].get_xticklabels()) == labels
 
-    magnitudes = np.array([[1.0, 2], [np.nan, 3]])
-    figure = figures.head_on_images(np.zeros((2, 8, 8, 3)), np.ones((2, 4, 4)), "outliers", magnitudes,
-                                    ("outlier", "others"), np.ones((2, 4, 4)), np.ones((2, 17, 17)), "a head")
-    bars = [ax for ax in figure.axes if ax.patches and len(ax.patches) == 2]
-    assert [[bar.get_height() for bar in ax.patches] for ax in bars] == [[1, 2], [0, 3]]
-    assert bars[1].texts[0].get_text() == "none" and bars[0].get_ylim() == bars[1].get_ylim()
-    assert figures.png(figures.gates_on_tokens(labels, np.ones((2, 3)), "gates"))
+    values, patches = np.array([[1.0, 2], [np.nan, 3]]), np.ones((2, 4, 4))
+    figure = figures.head_on_images(np.zeros((2, 8, 8, 3)), patches, "outliers", values, patches,
+                                    np.ones((2, 17, 17)), "a head")
+    bars = [ax for ax in drawn(figure).axes if len(ax.patches) == 2]
+    np.testing.assert_array_equal([[x.get_height() for x in ax.patches] for ax in bars], values)
+    assert bars[0].get_ylim() == bars[1].get_ylim()
 
 
-def test_points_are_numbered_layer_and_head():
-    figure = figures.heads(np.array([[0.1, 0.9]]), np.array([[1.0, 0.2]]), np.array([[3.0, 8]]), 1 / 3, "run")
-    ax = figure.axes[0]
-    assert [text.get_text() for text in ax.texts] == ["1.1", "1.2", "even attention"]
+def test_points_and_cells_are_numbered():
+    names = ("sink_rate", "sink_value", "score_range")
+    measures = dict(zip(names, np.array([[[0.1, 0.9]], [[1.0, 0.2]], [[3.0, 8]]])))
+    ax = figures.heads(measures, 1 / 3, "run").axes[0]
+    assert words(ax.texts) == ["1.1", "1.2"]
     assert ax.collections[0].get_offsets().tolist() == [[0.1, 1], [0.9, 0.2]]
-    nothing = np.zeros((1, 1))
-    assert figures.png(figures.heads(nothing, nothing, nothing, 1.0, "a head that attends to nothing"))
+    drawn(figures.heads(dict.fromkeys(names, np.zeros((1, 1))), 1.0, "attends to nothing"))
+    figure = drawn(figures.damage(["a", "b"], np.array([[1.4, 40], [np.inf, 20]]), "run"))
+    assert words(figure.axes[0].texts) == ["1", "40", "inf", "20"]
 
 
 def test_grids_lie_over_histograms_on_equal_axes():
     values = {"wide": np.array([-1.0, 0, 1, 100]), "narrow": np.array([-1.0, 0, 1, 1])}
     figure = figures.grids(values, {"wide": (0.5, 2), "narrow": (0.01, 100)}, 8, "tap")
     wide, narrow, wide_zoom, narrow_zoom = figure.axes
-    assert wide.get_xlim() == narrow.get_xlim() and wide.get_ylim() == narrow.get_ylim() and wide.get_yscale() == "log"
-    assert wide_zoom.get_xlim() == narrow_zoom.get_xlim() == (-0.16, 0.16)
-    assert wide_zoom.get_ylim() == narrow_zoom.get_ylim()
-    assert sum(bar.get_height() for bar in wide.patches) == 4
-    lines = lambda ax: [segment[0, 0] for segment in ax.collections[0].get_segments()]
-    assert lines(wide_zoom) == [0] and lines(narrow_zoom) == pytest.approx(np.arange(-16, 17) / 100)
-    assert lines(wide) == pytest.approx(0.5 * (np.arange(0, 256, 16) - 2))
+    for a, b in ((wide, narrow), (wide_zoom, narrow_zoom)):
+        assert (a.get_xlim(), a.get_ylim()) == (b.get_xlim(), b.get_ylim())
+    assert wide.get_yscale() == "log" and wide_zoom.get_xlim() == (-0.16, 0.16)
+    points = lambda ax: [segment[0, 0] for segment in ax.collections[0].get_segments()]
+    assert points(narrow_zoom) == pytest.approx(np.arange(-16, 17) / 100)
+    assert points(wide) == pytest.approx(0.5 * (np.arange(0, 256, 16) - 2))
     assert "1 of 256" in wide_zoom.get_title() and "33 of 256" in narrow_zoom.get_title()
+
+
+@pytest.mark.parametrize("r", [10, 40, 150])
+def test_the_height_of_an_outlier_from_its_kurtosis(r):
+    """One value r among many of deviation 1: moments written out, r is what comes back."""
+    n = 128 * 768
+    kurtosis = ((n - 1) * 3 + r ** 4) / n / (((n - 1) + r ** 2) / n) ** 2
+    assert figures.height_of(kurtosis, n) == pytest.approx(r, rel=0.02)
+
+
+def test_the_law_is_drawn():
+    row = lambda x, heights: {"line": "BERT", "x": x, "max_over_sigma": {"all": heights}}
+    rows = [row("64", [30.0, 20.0]), row("32", [15.0])]
+    (ax,) = drawn(figures.law({"title": "law", "rows": rows})).axes
+    assert lines(ax)["BERT"] == [(32, 15), (64, 20), (64, 30)]
+    squares = [tuple(line.get_xydata()[0]) for line in ax.lines if line.get_marker() == "s"]
+    assert squares == [point[1:] for point in figures.PUBLISHED]
 
 
 # ---- the script ----
 
-def pictures(folder):
-    return {path.stem for path in folder.glob("*.png")}
+def analyzed(folder, *arguments):
+    """What lab.analyze prints, the numbers it writes, and the names of its pictures."""
+    out, _ = run("lab.analyze", *arguments, "--out", folder, "--json", folder / "numbers.json")
+    numbers = json.loads((folder / "numbers.json").read_text())
+    return out, numbers, {path.stem for path in folder.glob("*.png")}
 
 
-EVERY_RUN = {"outliers-ffn_output", "outliers-layer_output", "norms", "heads", "magnitudes"}
-
-
-@pytest.mark.slow
-def test_every_family(runs, tmp_path):
-    for family, more in {"bert": {"tokens", "head-0", "head-1"}, "opt": {"tokens", "head-0", "head-1"},
-                         "vit": {"patches", "head"}}.items():
-        out, _ = run("analyze.py", runs / family, "--batches", 2, "--out", tmp_path / family)
-        assert pictures(tmp_path / family) == EVERY_RUN | more
-        samples = 6 if family == "vit" else 16
-        assert f"{family}, vanilla attention, step 6, measured on {samples} validation samples" in out
-        table = out.split("the most idle first")[1].split("update:")[0]
-        rows = [line.split(" | ") for line in table.splitlines() if re.match(r"\| \d", line)]
-        assert len(rows) == 8 and [float(row[2]) for row in rows] == sorted(float(row[2]) for row in rows)
-        assert "No value of layer_output is an outlier" in out  # a young run has none, and is drawn all the same
-        assert (family == "vit") != ("Delimiters" in out)
+TEXT, GATES = {"tokens", "head-0", "head-1"}, {"gates", "gates-0", "gates-1"}
 
 
 @pytest.mark.slow
-def test_gates_layer_head_and_a_page_that_stands_alone(runs, tmp_path):
-    data = tmp_path / "moved.txt"
-    data.write_text((runs / "text.txt").read_text())
-    out, _ = run("analyze.py", runs / "gated", "--layer", 1, "--head", 4, "--gates", "--html", "--data", data,
-                 "--batches", 1, "--out", tmp_path)
-    assert "layer 1, head 4 at work" in out and pictures(tmp_path) >= {"gates", "gates-0", "gates-1"}
-    page = (tmp_path / "analysis.html").read_text()
-    assert page.count("<img ") == page.count('src="data:image/png;base64,') == len(pictures(tmp_path))
-    assert "http" not in page and page.count("src=") == page.count("<img ") and "<link" not in page
-    assert f"python analyze.py {runs / 'gated'} --layer 1 --head 4 --gates --html" in page
-    assert page.count("<tr>") == len(re.findall(r"(?m)^\| (?!---)", out)) and "softmax input range" in page
+@pytest.mark.parametrize("name, options, more", [
+    ("bert-gated", "--layer 1 --head 4 --gates", TEXT | GATES), ("opt-vanilla", "", TEXT),
+    ("vit", "--head 4", {"head"})])
+def test_every_family(tmp_path, cifar, name, options, more):
+    folder = tmp_path / "vit" if name == "vit" else ZOO / name
+    if name == "vit":
+        run("train_vit", *SMALL_VIT, "--data", cifar, "--out", folder)
+    out, numbers, pictures = analyzed(tmp_path, folder, "--batches", 2, *options.split())
+    assert pictures == more | {"outliers-ffn_output", "outliers-layer_output", "norms", "heads",
+                               "magnitudes"}
+    opened = open_run(folder, CPU)
+    found = survey.survey(opened.model, opened.validation(2), CPU, opened.model.norm_tap)
+    assert (numbers["run"], numbers["samples"]) == (str(folder), found["samples"])
+    assert numbers["heads"]["sink_rate"] == found["heads"]["sink_rate"].tolist()
+    assert f"on {found['samples']} validation samples" in out and "_bits" not in out
+    rows = re.findall(r"^\| \d.*", out.split("the most idle first")[1], re.MULTILINE)
+    updates = [f"{update:.3g}" for update in sorted(found["heads"]["update"].ravel())]
+    assert [row.split(" | ")[6] for row in rows] == updates
+    assert not options or "head 4 at work" in out
 
 
 @pytest.mark.slow
-def test_curves(runs, tmp_path):
-    out, _ = run("analyze.py", runs / "bert", runs / "gated", "--curves", "--out", tmp_path)
-    last = json.loads((runs / "gated" / "metrics.jsonl").read_text().splitlines()[-1])
-    assert pictures(tmp_path) == {"curves"} and f"-> {last['perplexity']:.4g}" in out
-    assert f"-> {max(last['ffn_output']['inf_norm']):.4g}" in out and out.count("\n| ") == 4
+def test_curves(tmp_path):
+    runs = [ZOO / name for name in ("bert-vanilla", "bert-gated")]
+    out, numbers, pictures = analyzed(tmp_path, *runs, "--curves")
+    log = logged(runs[1])
+    assert pictures == {"curves"} and out.count("\n| ") == 3
+    assert f"→ {max(log[-1]['ffn_output']['inf_norm']):.5g} |" in out
+    assert numbers[str(runs[1])]["loss"] == [[x[key] for x in log] for key in ("step", "loss")]
 
 
-def test_compare(runs, tmp_path):
-    out, _ = run("analyze.py", runs / "bert", runs / "clipped", "--compare", "--batches", 1, "--layer", 2, "--html",
-                 "--out", tmp_path)
-    assert pictures(tmp_path) == {"grids", "magnitudes"} and "ffn_output of layer 2" in out
-    model = from_checkpoint(load_checkpoint(runs / "clipped"), "").eval()
-    batches = open_run(runs / "clipped", torch.device("cpu")).validation(1)
-    with analysis.record(model, ("ffn_output",)) as kept, torch.no_grad():
-        model(*next(batches)[0])
-    x = kept["ffn_output"][1].numpy()
-    step = (x.max() - x.min()) / 255
-    low, high = np.percentile(x, (0.5, 99.5))
-    row = re.search(r"\| \S+clipped \|.*", out).group().split(" | ")
-    assert float(row[3]) == pytest.approx(step, rel=5e-3)
-    assert int(row[4].rstrip(" |")) == pytest.approx((high - low) / step + 1, abs=1)
+@pytest.mark.slow
+def test_compare(tmp_path):
+    runs = ZOO / "bert-vanilla", ZOO / "bert-gated"
+    out, rows, pictures = analyzed(tmp_path, *runs, "--compare", "--batches", 2, "--layer", 2)
+    assert pictures == {"grids", "magnitudes"} and "ffn_output of layer 2" in out
+    opened, norms = open_run(runs[1], CPU), []
+    with survey.record(opened.model, ("ffn_output",)) as kept, torch.no_grad():
+        for batch, _ in opened.validation(2):
+            opened.model(*batch)
+            x = kept["ffn_output"][1].numpy()  # in the end, of the last batch
+            norms += abs(x).max(axis=(1, 2)).tolist()
+    step, (low, high) = (x.max() - x.min()) / 255, np.percentile(x, (0.5, 99.5))
+    assert [rows[1]["inf norm"], rows[1]["grid step"]] == pytest.approx([np.mean(norms), step])
+    assert rows[1]["levels for the middle 99%"] == pytest.approx((high - low) / step + 1, abs=1)
 
 
-def test_without_matplotlib_the_numbers_are_printed(runs, tmp_path, monkeypatch):
+def test_without_matplotlib_the_numbers_are_printed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
-    monkeypatch.delitem(sys.modules, "minq.figures")
-    monkeypatch.delattr(minq, "figures")
-    out, _ = run("analyze.py", runs / "bert", "--batches", 1, "--out", tmp_path / "figures")
-    assert "pip install -e '.[plots]'" in out and "the most idle first" in out and not (tmp_path / "figures").exists()
+    monkeypatch.delitem(sys.modules, "lab.figures")
+    monkeypatch.delattr(lab, "figures")
+    out, numbers, pictures = analyzed(tmp_path, ZOO / "opt-vanilla", "--batches", 1)
+    assert numbers and not pictures and out.endswith("pip install -e '.[plots]'\n")
+
+
+@pytest.mark.parametrize("names, options, message", [
+    ("nothing", "--curves", "metrics.jsonl"), ("bert-gated", "--layer 5", "--layer 5: .* has 4"),
+    ("opt-vanilla", "--gates", "--gates True: .*opt-vanilla has 0"),
+    ("bert-gated opt-vanilla", "--compare --batches 1", "a run of opt, expected one of bert"),
+    ("bert-gated", "--compare", "expected one RUN, two with --compare, or several with --curves"),
+    ("bert-gated opt-vanilla", "--compare --head 1", "--head changes nothing with --compare")])
+def test_wrong_input(names, options, message):
+    _, err = run("lab.analyze", *(ZOO / name for name in names.split()), *options.split(), code=2)
+    assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1
