@@ -5,7 +5,7 @@
     python -m lab.reproduce table2 --verify         retrains its first row, compares it bit by bit
     python -m lab.reproduce table2 --preset paper   prints the commands at full size, for GPUs
 
-The experiments stand in lab/experiments.py. Runs go to --runs, results into its folder results/.
+The experiments stand in lab/experiments.toml. Runs go to --runs, results into its folder results/.
 With --write they are recorded instead: in results/ here, and in the pages that show them.
 """
 import hashlib
