@@ -1,4 +1,4 @@
-"""Gives each test file the module that it grades: test_1_quantizer.py gets exercise_1_quantizer.py."""
+"""Gives each test file what it grades: test_1_quantizer.py gets exercise_1_quantizer.py."""
 import importlib
 
 import pytest

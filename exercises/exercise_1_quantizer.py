@@ -10,7 +10,8 @@ until it contains 0 (low <= 0 <= high). Then
 
     s = (high - low) / (2^b - 1)         z = round(-low / s)
 
-Try it: python exercises/exercise_1_quantizer.py        Grade it: pytest exercises/test_1_quantizer.py
+Try it: python exercises/exercise_1_quantizer.py
+Grade it: pytest exercises/test_1_quantizer.py
 """
 import torch
 
@@ -20,12 +21,12 @@ def affine_parameters(low, high, n_bits):
 
     A tensor of zeros has low = high = 0. Its s may be tiny, but not 0: x / s would be NaN.
     """
-    raise NotImplementedError("stretch [low, high] to contain 0 (clamp), then s and z as in the formula above")
+    raise NotImplementedError("stretch [low, high] to contain 0 (clamp), then s and z as above")
 
 
 def quantize(x, scale, zero_point, n_bits):
-    """x, a tensor of any shape -> whole numbers from 0 to 2^b - 1 (in a float tensor) of that shape."""
-    raise NotImplementedError("divide by s, round (torch rounds halves to even), add z, clip to the grid")
+    """x, of any shape -> whole numbers from 0 to 2^b - 1 (in a float tensor) of that shape."""
+    raise NotImplementedError("divide by s, round (torch: halves to even), add z, clip to the grid")
 
 
 def fake_quantize(x, scale, zero_point, n_bits):

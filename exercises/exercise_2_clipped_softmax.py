@@ -25,7 +25,7 @@ def clipped_softmax(scores, gamma, zeta):
 
 
 def clipped_softmax_backward(scores, gamma, zeta, g):
-    """scores and g, both (..., T) -> the gradient with respect to scores (..., T), by hand: no autograd."""
+    """scores and g, both (..., T) -> the gradient of scores (..., T), by hand: no autograd."""
     raise NotImplementedError("p again, dp from g and the clipping, then dscores from dp and p")
 
 

@@ -8,19 +8,20 @@ alone. With mu and sigma the mean and the standard deviation of a sample's numbe
 Sigma^2 is mean((x - mu)^2): divide by n, not by n - 1. This is not the excess kurtosis: a Gaussian
 has 3. A value is an outlier where it lies more than 6 sigma from mu.
 
-Try it: python exercises/exercise_3_outliers.py         Grade it: pytest exercises/test_3_outliers.py
+Try it: python exercises/exercise_3_outliers.py
+Grade it: pytest exercises/test_3_outliers.py
 """
 import torch
 
 
 def kurtosis(x):
     """x (B, T, d) -> one number per sample (B,)"""
-    raise NotImplementedError("x.flatten(1) makes a row of each sample; then the formula, row by row")
+    raise NotImplementedError("x.flatten(1) makes a row of each sample; then the formula, per row")
 
 
 def is_outlier(x):
     """x (B, T, d) -> True or False for each value (B, T, d)"""
-    raise NotImplementedError("compare each value's distance from its sample's mean with 6 of its sigmas")
+    raise NotImplementedError("compare each value's distance from its sample's mean with 6 sigma")
 
 
 if __name__ == "__main__":

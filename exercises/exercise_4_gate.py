@@ -17,16 +17,18 @@ import torch.nn as nn
 
 
 class LinearGate(nn.Module):
-    """One Linear(d_head -> 1) per head: x (B, T, width) -> pi (B, heads, T), with d_head = width / heads."""
+    """One Linear(d_head -> 1) per head: x (B, T, width) -> pi (B, heads, T); d_head is
+    width / heads."""
 
     def __init__(self, width, heads, gate_init=0.5):
         """weight (heads, d_head): random, uniform in +-1 / sqrt(d_head), as nn.Linear does it.
         bias (heads,): all alike, so that gates start at gate_init."""
         super().__init__()
-        raise NotImplementedError("self.weight and self.bias, both nn.Parameter: else they would not be trained")
+        raise NotImplementedError("self.weight and self.bias, both nn.Parameter, to be trained")
 
     def forward(self, x):
-        raise NotImplementedError("split x by heads (unflatten or view), eq. 6 (einsum, or * and sum), eq. 7")
+        raise NotImplementedError(
+            "split x by heads (unflatten or view), eq. 6 (einsum, or * and sum), eq. 7")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ class RunningRange:
 
     def update(self, x):
         """Let a batch, a tensor of any shape, move self.low and self.high. Returns nothing."""
-        raise NotImplementedError("the first batch (self.low is None) sets low and high, later ones pull them")
+        raise NotImplementedError("the first batch (low is None) sets low and high, others pull")
 
 
 if __name__ == "__main__":

@@ -22,12 +22,13 @@ import torch
 
 
 def accumulate(q_x, z, q_w):
-    """q_x (N, d_in) uint8, z a whole number, q_w (d_out, d_in) int8 -> the sum (N, d_out), int32."""
+    """q_x (N, d_in) uint8, z a whole number, q_w (d_out, d_in) int8 -> sums (N, d_out), int32."""
     raise NotImplementedError("the matrix product in int32, minus z times the sums of q_w's rows")
 
 
 def integer_linear(q_x, s_x, z, q_w, s_w, bias):
-    """-> y (N, d_out), float. s_x is a number; s_w a number, or one for each row of q_w, (d_out,), as bias is."""
+    """-> y (N, d_out), float. s_x is a number; s_w a number, or one per row of q_w, (d_out,), as
+    bias is."""
     raise NotImplementedError("accumulate, then the scales, then the bias")
 
 

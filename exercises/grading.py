@@ -1,16 +1,17 @@
-"""What the tests of the exercises share: a comparison that knows common mistakes by their results."""
+"""What the graders share: a comparison that knows common mistakes by their results."""
 import torch
 
 
 def check(what, got, expected, mistakes=None, tolerance=1e-5):
     """Pass where `got` equals `expected`; else fail, and name the mistake that gives what was got.
 
-    what: the tested thing, in words. mistakes: a dict from what went wrong, in words, to its result.
+    what: the tested thing, in words. mistakes: what went wrong, in words -> its result.
     """
     __tracebackhide__ = True  # pytest then shows the line of the test
     assert got is not None, f"{what}: you returned nothing. Is there a return?"
     kind = type(got).__name__
-    assert isinstance(got, (torch.Tensor, float, int)), f"{what}: expected a tensor, you returned a {kind}"
+    is_number = isinstance(got, (torch.Tensor, float, int))
+    assert is_number, f"{what}: expected a tensor, you returned a {kind}"
     got, expected = numbers(got), numbers(expected)
     if same(got, expected, tolerance):
         return
@@ -29,4 +30,5 @@ def numbers(x):
 
 
 def same(a, b, tolerance):
-    return a.shape == b.shape and torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
+    near = {"rtol": tolerance, "atol": tolerance, "equal_nan": True}
+    return a.shape == b.shape and torch.allclose(a, b, **near)

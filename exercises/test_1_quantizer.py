@@ -6,7 +6,8 @@ from exercises.grading import check
 
 def parameters(solution, low, high, n_bits):
     pair = solution.affine_parameters(torch.tensor(low), torch.tensor(high), n_bits)
-    assert isinstance(pair, tuple) and len(pair) == 2, "affine_parameters must return scale, zero_point"
+    is_pair = isinstance(pair, tuple) and len(pair) == 2
+    assert is_pair, "affine_parameters must return scale, zero_point"
     return pair
 
 
@@ -34,8 +35,9 @@ def test_the_grid_contains_0(solution):
         grid = f"for values from {low:g} to {high:g}"
         assert first <= 1e-6 and last >= -1e-6, \
             f"your grid does not contain 0: {grid} it goes from {first:.3g} to {last:.3g}"
-        check(f"the first level of the grid {grid}, once it is stretched to contain 0", first, wanted[0])
-        check(f"the last level of the grid {grid}, once it is stretched to contain 0", last, wanted[1])
+        stretched = f"of the grid {grid}, once it is stretched to contain 0"
+        check(f"the first level {stretched}", first, wanted[0])
+        check(f"the last level {stretched}", last, wanted[1])
 
 
 def test_a_tensor_of_zeros_has_a_grid_too(solution):
@@ -49,7 +51,8 @@ def test_small_values_have_a_small_scale(solution):
     scale, _ = parameters(solution, -1e-6, 1e-6, 8)
     steps = 2e-6 / scale
     assert 254.9 < steps < 255.1, \
-        f"values from -1e-6 to 1e-6 get {steps:.3g} steps instead of 255: is the least scale that you allow too large?"
+        (f"values from -1e-6 to 1e-6 get {steps:.3g} steps instead of 255: is the least scale that "
+         "you allow too large?")
 
 
 def test_halves_go_to_the_even_level(solution):
@@ -70,7 +73,8 @@ def test_z_is_added_after_rounding(solution):
         "you added z before rounding: where z is odd, halves then go the other way":
             torch.tensor([4, 4, 6, 6]),
         "you forgot to add z": torch.tensor([0, 2, 2, 4]),
-        "you subtracted z: it is added here, and subtracted on the way back": torch.tensor([0, 0, 0, 1])})
+        "you subtracted z: it is added here, and subtracted on the way back":
+            torch.tensor([0, 0, 0, 1])})
 
 
 def test_what_is_out_of_range_is_clipped(solution):
@@ -91,10 +95,12 @@ def test_it_equals_pytorch(solution):
     levels = (x / scale).round() + zero_point
     got = solution.fake_quantize(x.clone(), torch.tensor(scale), torch.tensor(float(zero_point)), 8)
     check("torch.fake_quantize_per_tensor_affine", got, expected, {
-        "you forgot to subtract z on the way back: all is s * z too large": expected + scale * zero_point,
+        "you forgot to subtract z on the way back: all is s * z too large":
+            expected + scale * zero_point,
         "you gave the levels: map them back, s * (integers - z)": levels.clip(0, 255),
         "you forgot to multiply by s on the way back": expected / scale,
-        "you did not clip: beyond the grid's ends there are no levels": (levels - zero_point) * scale,
+        "you did not clip: beyond the grid's ends there are no levels":
+            (levels - zero_point) * scale,
         "you divided by s on the way back: multiply": expected / scale ** 2}, tolerance=1e-4)
 
 

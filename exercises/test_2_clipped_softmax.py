@@ -7,7 +7,7 @@ from exercises.grading import check
 
 GAMMA, ZETA = -0.1, 1.05
 # Both rows have entries below the lower threshold, the second has one above the upper.
-SCORES = torch.tensor([[[2.0, 1.0, -1.0, -2.0], [6.0, 1.0, 0.0, -1.0]]], dtype=torch.float64)  # (1, 2, 4)
+SCORES = torch.tensor([[[2.0, 1.0, -1.0, -2.0], [6.0, 1.0, 0.0, -1.0]]], dtype=torch.float64)
 G = torch.tensor([[[1.0, -2.0, 3.0, 0.5], [2.0, 1.0, -1.0, 4.0]]], dtype=torch.float64)
 
 
@@ -40,11 +40,12 @@ def test_it_is_equation_4(solution):
         "you clipped at 0 only: with zeta > 1 some values pass 1": stretched.clip(min=0),
         "you clipped at 1 only: with gamma < 0 some values fall below 0": stretched.clip(max=1),
         "you stretched by zeta: the factor is zeta - gamma": (ZETA * p + GAMMA).clip(0, 1),
-        "you stretched by zeta + gamma: the factor is zeta - gamma": ((ZETA + GAMMA) * p + GAMMA).clip(0, 1),
+        "you stretched by zeta + gamma: the factor is zeta - gamma":
+            ((ZETA + GAMMA) * p + GAMMA).clip(0, 1),
         "you forgot to add gamma: nothing reaches 0": ((ZETA - GAMMA) * p).clip(0, 1),
         "you stretched the scores: the stretch goes around the softmax":
             ((ZETA - GAMMA) * SCORES + GAMMA).softmax(-1),
-        "you normalized again after clipping: a clipped row may sum to less than 1, that is the point":
+        "you normalized again after clipping: a clipped row may sum to less than 1":
             expected / expected.sum(-1, keepdim=True),
         "you gave the plain softmax: nothing was stretched": p})
 
@@ -67,15 +68,17 @@ def gradients(gamma, zeta):
         "you let g pass where y was clipped, and forgot the stretch": through_softmax(G),
         f"you set dscores to 0 where y was clipped: {rule}": through_softmax(stretch * G) * passes,
         f"you set dscores to 0 where y was clipped, too: {rule}": through_softmax(dp) * passes,
-        "you took p * (1 - p) as the softmax's gradient: a score moves all probabilities of its row":
+        "you took p * (1 - p) as the softmax's gradient: a score moves all of its row":
             dp * p * (1 - p),
         "you left out the sum: when one probability grows, the others of its row shrink": dp * p,
         "you summed over the wrong dimension: the sum goes over the row":
             p * (dp - (dp * p).sum(-2, keepdim=True)),
-        "you summed over the whole tensor: each row has a sum of its own": p * (dp - (dp * p).sum()),
+        "you summed over the whole tensor: each row has a sum of its own":
+            p * (dp - (dp * p).sum()),
         "you used y for p in the last line: p is the softmax, before the stretch":
             y * (dp - (dp * y).sum(-1, keepdim=True)),
-        "you left g out: it is the gradient that arrives from the loss": through_softmax(stretch * passes),
+        "you left g out: it is the gradient that arrives from the loss":
+            through_softmax(stretch * passes),
         "your gradient has the wrong sign": -expected,
         "you stopped at dp: go on through the softmax": dp}
 

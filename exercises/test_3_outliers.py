@@ -25,13 +25,17 @@ def by_hand(x):
 
 def test_kurtosis_is_one_number_per_sample(solution):
     x = torch.stack([sample(b) for b in range(5)])
-    over = lambda dims: (x - x.mean(dims, keepdim=True)).pow(4).mean(dims) / x.var(dims, correction=0).square()
+    deviations = lambda dims: x - x.mean(dims, keepdim=True)
+    over = lambda dims: deviations(dims).pow(4).mean(dims) / x.var(dims, correction=0).square()
     check("the kurtosis of 5 samples", solution.kurtosis(x.clone()), by_hand(x), {
-        "you measured the whole batch at once: each sample has a kurtosis of its own": over((0, 1, 2)),
+        "you measured the whole batch at once: each sample has a kurtosis of its own":
+            over((0, 1, 2)),
         "you took the mean over samples: give each sample's own": by_hand(x).mean(),
         "you measured each token: a sample is all of its (T, d) numbers": over(-1),
-        "you measured each dimension of each sample: a sample is all of its (T, d) numbers": over(1),
-        "you measured over the batch: a sample is (T, d), the batch is not part of it": over((0, 1))})
+        "you measured each dimension of each sample: a sample is all of its (T, d) numbers":
+            over(1),
+        "you measured over the batch: a sample is (T, d), the batch is not part of it":
+            over((0, 1))})
 
 
 def test_kurtosis_is_the_formula(solution):
@@ -45,7 +49,8 @@ def test_kurtosis_is_the_formula(solution):
         "you forgot to subtract the mean": flat.pow(4).mean(1) / flat.square().mean(1).square(),
         "you subtracted the mean above but not below the line":
             deviations.pow(4).mean(1) / flat.square().mean(1).square(),
-        "you divided by sigma^2: it is sigma^4": deviations.pow(4).mean(1) / deviations.square().mean(1),
+        "you divided by sigma^2: it is sigma^4":
+            deviations.pow(4).mean(1) / deviations.square().mean(1),
         "you divided by sigma^8: the variance is sigma^2 already":
             deviations.pow(4).mean(1) / deviations.square().mean(1).pow(4),
         "you took the third power: that is the skewness":
@@ -54,7 +59,8 @@ def test_kurtosis_is_the_formula(solution):
 
 def test_kurtosis_does_not_depend_on_the_scale(solution):
     x = sample(0)[None]
-    what = "kurtosis of x / 50, which is that of x. (Is there an epsilon below the line? Do the powers match?)"
+    what = ("kurtosis of x / 50, which is that of x. (Is there an epsilon below the line? Do the "
+            "powers match?)")
     check(what, solution.kurtosis(x / 50), solution.kurtosis(x.clone()))
 
 
@@ -64,7 +70,7 @@ def test_a_gaussian_has_3(solution):
 
 
 def waves():
-    """Two samples about 10, of 1000 values within 1.5 sigma; the second is 100 times as wide. Each has
+    """Two samples about 10, of 1000 values within 1.5 sigma; the second 100 times as wide. Each has
     a value 7 sigma above and one 7 sigma below its mean, and one at 5 sigma."""
     x = torch.sin(torch.arange(2000.0)).view(2, 20, 50)
     x[:, 3, 4], x[:, 5, 6], x[:, 7, 8] = 5.5, -5.5, 4.0
@@ -84,7 +90,8 @@ def test_an_outlier_lies_6_sigma_from_its_samples_mean(solution):
     distance = (flat - mean).abs()
     per_token = (x - x.mean(-1, keepdim=True)).abs() > 6 * x.std(-1, keepdim=True)
     check("the outliers", got, expected, {
-        "you found none below the mean: take the distance's absolute value": beyond(flat - mean, 6 * std),
+        "you found none below the mean: take the distance's absolute value":
+            beyond(flat - mean, 6 * std),
         "you measured from 0: an outlier lies far from the mean": beyond(flat.abs(), 6 * std),
         "you took mean and sigma of the whole batch: each sample has its own":
             (x - x.mean()).abs() > 6 * x.std(),

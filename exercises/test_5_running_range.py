@@ -3,7 +3,7 @@ import torch
 
 from exercises.grading import check
 
-# (2, 3) each; the first batch is neither the widest nor the narrowest, and minima are not minus the maxima.
+# (2, 3) each; the first is neither the widest nor the narrowest, minima are not minus the maxima
 BATCHES = [torch.tensor(batch) for batch in (
     [[-2.0, 0.5, 1.0], [3.0, -1.0, 0.0]], [[-5.0, 1.0, 0.0], [2.0, 1.0, 0.5]],
     [[-1.0, 0.0, 0.5], [8.0, 0.1, 0.2]], [[0.5, 1.0, 2.0], [1.5, 0.7, 0.6]])]
@@ -27,7 +27,8 @@ def after(solution, batches, **options):
 
 def test_a_new_range_is_empty(solution):
     first = solution.RunningRange()
-    assert first.low is None and first.high is None, "low and high must be None before the first batch"
+    empty = first.low is None and first.high is None
+    assert empty, "low and high must be None before the first batch"
     first.update(BATCHES[0].clone())
     second = solution.RunningRange()
     assert second.low is None and second.high is None, "your ranges share one low: keep it in self"
@@ -35,8 +36,8 @@ def test_a_new_range_is_empty(solution):
 
 def test_the_first_batch_sets_the_range(solution):
     running = after(solution, BATCHES[:1])
-    mistake = "you averaged the first batch with 0: the range would take dozens of batches to reach its size"
-    largest = "you made the range symmetric: low and high follow the values' own minimum and maximum"
+    mistake = "you averaged the first batch with 0: it would take dozens to reach its size"
+    largest = "you made the range symmetric: low and high are the values' minimum and maximum"
     check("low after the first batch", running.low, -2.0, {mistake: -0.2, largest: -3.0})
     check("high after the first batch", running.high, 3.0, {mistake: 0.3})
 
@@ -44,7 +45,8 @@ def test_the_first_batch_sets_the_range(solution):
 def test_later_batches_pull_it(solution):
     running = after(solution, BATCHES)
     for name, got, values, extreme, other in (
-            ("low", running.low, LOWS, min(LOWS), HIGHS), ("high", running.high, HIGHS, max(HIGHS), LOWS)):
+            ("low", running.low, LOWS, min(LOWS), HIGHS),
+            ("high", running.high, HIGHS, max(HIGHS), LOWS)):
         whole = 0.9 * (0.9 * (0.9 * values[0] + values[1]) + values[2]) + values[3]
         check(f"{name} after four batches", got, average(values, 0.9), {
             "you mixed up the weights: 0.9 belongs to the old value, 0.1 to the new batch":
@@ -64,7 +66,8 @@ def test_the_momentum_is_the_one_given(solution):
     running = after(solution, BATCHES, momentum=0.5)
     written = "you wrote 0.9 into update: use self.momentum"
     check("low with momentum 0.5", running.low, average(LOWS, 0.5), {written: average(LOWS, 0.9)})
-    check("high with momentum 0.5", running.high, average(HIGHS, 0.5), {written: average(HIGHS, 0.9)})
+    check("high with momentum 0.5", running.high, average(HIGHS, 0.5),
+          {written: average(HIGHS, 0.9)})
 
 
 def test_the_range_need_not_contain_0(solution):

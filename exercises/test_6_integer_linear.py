@@ -1,4 +1,4 @@
-"""Grades exercise_6_integer_linear.py: sums of Python's integers, and PyTorch's simulated quantization."""
+"""Grades exercise_6_integer_linear.py: sums of Python's integers, and PyTorch's floats."""
 import torch
 import torch.nn.functional as F
 
@@ -30,8 +30,9 @@ def test_the_sum_is_exact(solution):
         "you forgot the zero point: level z stands for 0, so subtract z from q_x": x @ w.T,
         "you added z: q_x - z": (x + z) @ w.T,
         "you subtracted z once, not z times the sum of the row of q_w": x @ w.T - z,
-        "you subtracted z times the sum of all of q_w: each row has a sum of its own": x @ w.T - z * w.sum(),
-        "you subtracted z times the sums of q_x's rows, as if the weights had a zero point: take q_w's rows":
+        "you subtracted z times the sum of all of q_w: each row has a sum of its own":
+            x @ w.T - z * w.sum(),
+        "you subtracted z times the sums of q_x's rows, as if the weights had a zero point":
             x @ w.T - z * x.sum(1, keepdim=True),
         "you subtracted the sums of q_w's rows without z": x @ w.T - w.sum(1),
         "you subtracted z from both": (x - z) @ (w - z).T,
@@ -39,7 +40,8 @@ def test_the_sum_is_exact(solution):
             wrapped(x @ w.T, 8) - z * w.sum(1),
         "your sums are in 16 bits and overflow: convert to int32 before you multiply":
             wrapped(x @ w.T, 16) - z * w.sum(1),
-        "your sums are in 16 bits, and overflow: convert to int32 before you multiply": wrapped(expected, 16),
+        "your sums are in 16 bits, and overflow: convert to int32 before you multiply":
+            wrapped(expected, 16),
         "you read q_x as int8, so its levels above 127 became negative: convert uint8 to int32":
             signed @ w.T - z * w.sum(1),
         "you subtracted z in uint8, which has no negative numbers: convert to int32 first":
@@ -48,13 +50,15 @@ def test_the_sum_is_exact(solution):
 
 def test_the_sum_is_of_integers(solution):
     """Floats of 32 bits hold whole numbers up to 2^24 only."""
-    q_x, q_w = torch.full((1, 8191), 255, dtype=torch.uint8), torch.full((1, 8191), 127, dtype=torch.int8)
+    q_x = torch.full((1, 8191), 255, dtype=torch.uint8)
+    q_w = torch.full((1, 8191), 127, dtype=torch.int8)
     got, exact = solution.accumulate(q_x, 0, q_w), 8191 * 255 * 127  # an odd number
     kind = getattr(got, "dtype", type(got))
     words = f"your sum is {kind}, expected torch.int32: integers add exactly, floats do not"
     assert kind in (torch.int32, torch.int64), words
     check("the sum of 8191 products, which no float can hold", got, torch.tensor([[exact]]), {
-        "your sums are in 16 bits and overflow: convert to int32": torch.tensor([[wrapped(exact, 16)]])}, tolerance=0)
+        "your sums are in 16 bits and overflow: convert to int32":
+            torch.tensor([[wrapped(exact, 16)]])}, tolerance=0)
 
 
 def test_y_has_scales_and_bias(solution):
@@ -63,7 +67,8 @@ def test_y_has_scales_and_bias(solution):
     bias = torch.tensor([100.0, -200.0, 300.0])
     total = by_hand(q_x, z, q_w).double()
     scaled = s_x * s_w * total
-    check("y", solution.integer_linear(q_x.clone(), s_x, z, q_w.clone(), s_w, bias.clone()), scaled + bias, {
+    y = solution.integer_linear(q_x.clone(), s_x, z, q_w.clone(), s_w, bias.clone())
+    check("y", y, scaled + bias, {
         "you forgot the bias": scaled,
         "you scaled the bias, too: it is added after the scales": s_x * s_w * (total + bias),
         "you forgot s_w: both scales multiply the sum": s_x * total + bias,

@@ -38,8 +38,8 @@ from minq.model import NORMS
 # ---- in place of the softmax: scores (B, H, T, T), masked ones lowest -> probabilities ----
 
 def visible(scores):
-    """Which scores are not masked: those above the lowest number of their type."""
-    return scores > torch.finfo(scores.dtype).min
+    """Which scores are not masked, that is not near half the lowest number of their type."""
+    return scores > torch.finfo(scores.dtype).min / 4
 
 
 class RowClippedSoftmax(nn.Module):

@@ -3,11 +3,13 @@
     python -m tests.kill --times 100                 prints a score; exit code 1 if a run differs
     python -m tests.kill --times 20 --only fp16      one kind of run
 
-A run is killed up to six times on its way. In the end its log must equal an uninterrupted run's byte for byte, and its
-checkpoint bit for bit: weights, optimizer, scaler, losses not logged yet. Runs save at every second or third step, so
-that many kills fall into the writing. Each run is a fork of this process, which spares it the import of torch.
+A run is killed up to six times on its way. In the end its log must equal an uninterrupted run's
+byte for byte, and its checkpoint bit for bit: weights, optimizer, scaler, losses not logged yet.
+Runs save at every second or third step, so that many kills fall into the writing. Each run is a
+fork of this process, which spares it the import of torch.
 """
 import argparse
+import importlib
 import os
 import random
 import signal
@@ -19,54 +21,49 @@ from collections import Counter
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch starts
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import numpy as np
-import torch
+import torch._dynamo  # noqa: F401, which every optimizer imports, a second in each fork
 
-import train_bert
-import train_opt
-import train_vit
+from tests.running import differences, make_cifar, make_corpus
 
-SIZE = ("--layers 2 --width 32 --heads 4 --batch-size 8 --steps 30 --warmup 5 --eval-every 7 --eval-batches 2 "
-        "--dropout 0.1 --device cpu --precision fp32")
-TEXT = f"{SIZE} --seq-len 16"
-# name -> (script, processes, flags)
-KINDS = {
-    "bert, accumulation": (train_bert, 1, f"{TEXT} --accumulate 2 --save-every 2"),
-    "bert, fp16": (train_bert, 1, f"{TEXT} --precision fp16 --save-every 3"),
-    "opt, fake quantization": (train_opt, 1, f"{TEXT} --fake-quant --attention gated --save-every 2"),
-    "vit, whole recipe": (train_vit, 1, f"{SIZE} --patch-size 8 --rand-augment 2 --jitter 0.4 --mixup 0.8 --cutmix 1 --save-every 3"),
-    "opt, two processes": (train_opt, 2, f"{TEXT} --accumulate 2 --save-every 2"),
+SIZE = ("--layers 2 --width 32 --heads 4 --batch-size 8 --steps 21 --warmup 5 --eval-every 7 "
+        "--eval-batches 2 --dropout 0.1 --device cpu --precision fp32").split()
+KINDS = {  # name -> (processes, script and flags)
+    "bert, accumulation": (1, "train_bert.py --seq-len 16 --accumulate 2 --save-every 2"),
+    "bert, fp16": (1, "train_bert.py --seq-len 16 --precision fp16 --save-every 3"),
+    "opt, fake quantization": (1, "train_opt.py --seq-len 16 --fake-quant --save-every 2"),
+    "vit, whole recipe": (1, "train_vit.py --patch-size 8 --rand-augment 2 --jitter 0.4 "
+                             "--mixup 0.8 --cutmix 1 --save-every 3"),
+    "opt, two processes": (2, "train_opt.py --seq-len 16 --accumulate 2 --save-every 2"),
 }
+COLUMNS = ("kills", "in writing", "no checkpoint", "runs", "identical")
 PATIENCE = 60  # seconds until a process whose partner was killed must have ended
 
 
 class Training:
-    """A training in processes of its own, which can be killed."""
+    """A script in processes of its own, as torchrun would start them, which can be killed."""
 
     def __init__(self, script, processes, argv, log):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        self.started, self.pids = time.monotonic(), []
-        for rank in range(processes):
-            pid = os.fork()
-            if pid == 0:
-                self.become(script, argv, log, rank, processes, port)
-            self.pids.append(pid)
+            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        main = importlib.import_module(script.removesuffix(".py")).main
+        self.pids = []
+        for rank in map(str, range(processes)):
+            self.pids.append(os.fork())
+            if self.pids[-1] == 0:
+                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
+                os.environ |= address | place if processes > 1 else {}
+                self.become(main, argv, log)
 
     @staticmethod
-    def become(script, argv, log, rank, processes, port):
-        """What a child does: as torchrun would start it, where there are several. Does not return."""
+    def become(main, argv, log):
+        """What a child does; does not return."""
         code = 1
         try:
             os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
             os.dup2(1, 2)
-            if processes > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes),
-                               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            script.main(argv)
+            main([str(word) for word in argv])
             code = 0
         except SystemExit as exit:
             code = exit.code
@@ -76,175 +73,93 @@ class Training:
             os._exit(code)
 
     def running(self):
-        return all(os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None for pid in self.pids)
+        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
+        return all(os.waitid(os.P_PID, pid, look) is None for pid in self.pids)
 
     def wait(self, seconds=600):
-        """Exit codes, of each process. A process that takes longer is killed, and counts as None."""
+        """Exit codes of all processes, which must have ended by then."""
         codes, end = [], time.monotonic() + seconds
         for pid in self.pids:
-            while not (found := os.waitpid(pid, os.WNOHANG))[0] and time.monotonic() < end:
+            while not (found := os.waitpid(pid, os.WNOHANG))[0]:
                 time.sleep(0.005)
-            if not found[0]:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            codes.append(os.waitstatus_to_exitcode(found[1]) if found[0] else None)
+                if time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+                    raise TimeoutError(f"process {pid} went on for {seconds} seconds")
+            codes.append(os.waitstatus_to_exitcode(found[1]))
         return codes
-
-    def kill(self, pids):
-        for pid in pids:
-            os.kill(pid, signal.SIGKILL)
 
 
 class Kind:
-    """Runs of one kind, to be killed and compared."""
+    """Runs of one kind, to be killed and compared with one that was not."""
 
     def __init__(self, name, folder, dice):
-        self.script, self.processes, flags = KINDS[name]
-        self.folder, self.dice, self.found, self.slowest = Path(folder), dice, Counter(), 0.0
-        data = corpus(self.folder) if self.script is not train_vit else cifar(self.folder)
-        self.command = [*flags.split(), "--data", str(data)]
-        self.log = self.folder / "log.txt"
-        training = self.start("whole", self.command)
-        self.await_checkpoint(training, "whole", None)
-        began = time.monotonic()
+        self.processes, command = KINDS[name]
+        self.script, *flags = command.split()
+        self.folder, self.dice, self.found = folder, dice, Counter()
+        data = (make_cifar if self.script == "train_vit.py" else make_corpus)(folder)
+        self.command = [*SIZE, *flags, "--data", data, "--overwrite"]
+        self.log = folder / "log.txt"
+        training, began = self.start("whole"), time.monotonic()
         self.check_ended(training.wait())
-        self.seconds = time.monotonic() - began  # from the first checkpoint to the end
+        self.seconds = time.monotonic() - began
 
-    def start(self, name, argv):
+    def start(self, name):
+        """Start a run or go on with it; one killed before its first checkpoint begins anew."""
         self.log.unlink(missing_ok=True)
-        return Training(self.script, self.processes, [*argv, "--out", str(self.folder / name)], self.log)
+        argv = ["--resume"] if self.checkpoint(name) else self.command
+        return Training(self.script, self.processes, [*argv, "--out", self.folder / name], self.log)
 
-    def go_on(self, name):
-        """Resume a run. One that was killed before its first checkpoint begins anew."""
-        out = self.folder / name
-        if (out / "checkpoint.pt").exists():
-            return self.start(name, ["--resume"])
-        logged = (out / "metrics.jsonl").exists() and (out / "metrics.jsonl").stat().st_size
-        return self.start(name, [*self.command, "--overwrite"] if logged else self.command)
+    def checkpoint(self, name):
+        """Which checkpoint is there, if any."""
+        path = self.folder / name / "checkpoint.pt"
+        return (path.stat().st_ino, path.stat().st_mtime_ns) if path.exists() else None
+
+    def check_ended(self, codes):
+        assert set(codes) == {0}, f"exit codes {codes}: {self.log.read_text()[-2000:]}"
 
     def torment(self, name, kills):
-        """Start a run, kill it up to `kills` times, let it end, compare it. Returns how often it was killed."""
-        killed = 0
-        while killed < kills:
-            before = stamp(self.folder / name)
-            training = self.go_on(name)
-            early = self.dice.random() < 0.15  # it may die before it has saved anything
-            if not early:
-                self.await_checkpoint(training, name, before)
-            time.sleep(self.dice.uniform(0, self.seconds / 3))
+        """Start a run, kill it up to `kills` times, let it end, and compare it."""
+        for _ in range(kills):
+            before, early = self.checkpoint(name), self.dice.random() < 0.15
+            training = self.start(name)
+            while not early and training.running() and self.checkpoint(name) == before:
+                time.sleep(0.001)  # until it has saved something
+            time.sleep(self.dice.uniform(0, self.seconds / 8))
             if not training.running():
                 self.check_ended(training.wait(PATIENCE))
                 break
-            victims = self.dice.sample(training.pids, self.dice.randint(1, self.processes))
-            training.kill(victims)
-            struck = time.monotonic()
-            codes = training.wait(PATIENCE)
-            self.slowest = max(self.slowest, time.monotonic() - struck)
-            assert None not in codes, f"{name}: a process went on for {PATIENCE} seconds after its partner was killed"
-            killed += 1
-            self.look(name)
-        self.check_ended(self.go_on(name).wait())
-        self.found["runs"] += 1
-        self.found["kills"] += killed
-        same = not (lost := self.differences(name))
-        self.found["identical"] += same
-        if not same:
+            for pid in self.dice.sample(training.pids, self.dice.randint(1, self.processes)):
+                os.kill(pid, signal.SIGKILL)
+            training.wait(PATIENCE)
+            self.found.update({"kills": 1, "no checkpoint": not self.checkpoint(name),
+                               "in writing": any((self.folder / name).glob("*.new"))})
+        self.check_ended(self.start(name).wait())
+        lost = differences(self.folder / "whole", self.folder / name)
+        self.found.update({"runs": 1, "identical": not lost})
+        if lost:
             print(f"{name}: {', '.join(lost)} differ", flush=True)
-        return killed
-
-    def await_checkpoint(self, training, name, before):
-        """Wait until a training has saved for the first time."""
-        while training.running() and stamp(self.folder / name) == before:
-            time.sleep(0.001)
-
-    def check_ended(self, codes):
-        assert codes == [0] * self.processes, f"exit codes {codes}: {self.log.read_text()[-2000:]}"
-
-    def look(self, name):
-        """Count into what a kill fell."""
-        out = self.folder / name
-        lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
-        if not (out / "checkpoint.pt").exists():
-            self.found["no checkpoint"] += 1
-        elif len(lines) > saved(out)["step"] // 7:
-            self.found["log ahead"] += 1
-        self.found["in writing"] += any(out.glob("*.new"))
-
-    def differences(self, name):
-        a, b = self.folder / "whole", self.folder / name
-        lost = ["metrics.jsonl"] * ((a / "metrics.jsonl").read_bytes() != (b / "metrics.jsonl").read_bytes())
-        a, b = saved(a), saved(b)
-        return lost + [key for key in a | b if key not in ("args", "seconds") and not same(a.get(key), b.get(key))]
-
-
-def stamp(folder):
-    """Which checkpoint is there, if any."""
-    path = folder / "checkpoint.pt"
-    try:
-        return path.stat().st_ino, path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-
-
-def saved(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=True)
-
-
-def same(a, b):
-    """Whether two nested values are equal, bit for bit."""
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b
-
-
-def corpus(folder):
-    path = folder / "corpus.txt"
-    path.write_text("the quick brown fox jumps over the lazy dog. " * 500)
-    return path
-
-
-def cifar(folder):
-    """Sixty random images in CIFAR-10's layout."""
-    records = np.random.default_rng(0).integers(0, 256, (60, 3073), dtype=np.uint8)
-    records[:, 0] %= 10
-    records[:40].tofile(folder / "data_batch_1.bin")
-    records[40:].tofile(folder / "test_batch.bin")
-    return folder
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--times", type=int, default=100, help="kills in all, at least")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--only", default="", help="kinds whose name has this in it")
     args = parser.parse_args(argv)
-    names = [name for name in KINDS if args.only in name]
-    dice, began = random.Random(args.seed), time.monotonic()
-    kinds, killed = {}, 0
+    dice, kinds, total = random.Random(args.seed), {}, Counter()
     with tempfile.TemporaryDirectory() as scratch:
-        for name in names:
-            folder = Path(scratch, name.replace(", ", "-").replace(" ", "-"))
-            folder.mkdir()
-            kinds[name] = Kind(name, folder, dice)
         for i in range(10 * args.times):
-            if killed >= args.times:
-                break
-            killed += kinds[names[i % len(names)]].torment(f"run{i}", dice.randint(1, 6))
-    columns = ("kills", "in writing", "log ahead", "no checkpoint", "runs", "identical")
-    print(f"{'':24}" + "".join(f"{column:>15}" for column in columns))
-    total = Counter()
-    for name, kind in kinds.items():
-        total.update(kind.found)
-        print(f"{name:24}" + "".join(f"{kind.found[column]:15}" for column in columns))
-    print(f"{'all':24}" + "".join(f"{total[column]:15}" for column in columns))
-    slowest = max(kind.slowest for kind in kinds.values())
-    print(f"{time.monotonic() - began:.0f} seconds; all processes had ended {slowest:.1f} seconds after a kill")
+            names = [name for name in KINDS if args.only in name]
+            name = names[i % len(names)]
+            if total["kills"] < args.times:
+                if name not in kinds:
+                    os.mkdir(f"{scratch}/{name}")
+                    kinds[name] = Kind(name, Path(scratch, name), dice)
+                kinds[name].torment(f"run{i}", dice.randint(1, 6))
+                total = sum((kind.found for kind in kinds.values()), Counter())
+    for name, found in [*((name, kind.found) for name, kind in kinds.items()), ("all", total)]:
+        print(f"{name:24}", ", ".join(f"{found[column]:3} {column}" for column in COLUMNS))
     return total["identical"] != total["runs"]
 
 

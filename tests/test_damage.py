@@ -2,152 +2,143 @@
 import copy
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from minq.damage import by_kind, by_layer, fidelity, floating_states, last_hidden, only, quantizers, scores
-from minq.growth import growth
-from minq.outliers import watch
-from minq.quant import ActivationQuantizer, affine_parameters, calibrating, fake_quantize, quantize_model
+import lab
+from lab.damage import damage, last_states, scores, sqnr_and_cosine
+from minq.attention import Tap
+from minq.outliers import growth, watch
+from minq.quant import quantize_model
 from minq.runs import open_run
-from minq.training import evaluate
-from running import SMALL, SMALL_VIT, run
+from running import run, saved, small
+
+RUNS = {"bert": "layers.1.layer_output_tap", "fake-quant": "layers.1.layer_output_tap",
+        "encoder": "layers.1.layer_output_tap", "opt": "final_norm_tap", "vit": "final_norm_tap"}
 
 
 @pytest.fixture(scope="module")
 def runs(corpus, cifar, tmp_path_factory):
-    """A tiny run of every family, and one trained in eight bits."""
+    """A tiny run of every family, one trained in eight bits, and an encoder without a head."""
     folder = tmp_path_factory.mktemp("runs")
-    run("train_bert.py", *SMALL, "--data", corpus, "--out", folder / "bert")
-    run("train_bert.py", *SMALL, "--data", corpus, "--fake-quant", "--attention", "gated", "--out", folder / "fake-quant")
-    run("train_opt.py", *SMALL, "--data", corpus, "--out", folder / "opt")
-    run("train_vit.py", *SMALL_VIT, "--data", cifar, "--out", folder / "vit")
+    for name in ("bert", "opt", "vit"):
+        run(*small(f"train_{name}.py", corpus, cifar), "--out", folder / name)
+    run(*small("train_bert.py", corpus, cifar), "--fake-quant", "--attention", "gated",
+        "--out", folder / "fake-quant")
+    encoder = saved(folder / "bert")
+    encoder["config"]["masked_head"] = False
+    encoder["model"] = {name: x for name, x in encoder["model"].items() if "head." not in name}
+    (folder / "encoder").mkdir()
+    torch.save(encoder, folder / "encoder" / "checkpoint.pt")
     return folder
 
 
-RUNS = ["bert", "fake-quant", "opt", "vit"]
+def opened(folder):
+    return open_run(folder, torch.device("cpu"))
 
 
-def opened(runs, name):
-    run = open_run(runs / name, torch.device("cpu"))
-    return run, lambda: quantize_model(copy.deepcopy(run.model))
+@torch.no_grad()
+def what_passes(model, tap, inputs):
+    """The tensor behind a tap, heard by a hook of its own."""
+    seen = []
+    handle = model.get_submodule(tap).register_forward_hook(lambda m, args, x: seen.append(x))
+    model(*inputs)
+    handle.remove()
+    return seen[0]
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_sqnr_and_cosine_are_their_formulas(runs, name):
-    run, build = opened(runs, name)
-    model = build()
+    run = opened(runs / name)
+    model = quantize_model(run.model)
     run.calibrate(model, 0, 2)
-    found = fidelity(model, floating_states(run))
-    last = {"bert": "layers.1.layer_output_tap", "fake-quant": "layers.1.layer_output_tap"}.get(name, "final_norm_tap")
-    signal = error = 0.0
-    cosines = []
-    for inputs, _ in run.validation():
-        pair = []
-        for each in (run.model, model):
-            seen = []
-            handle = each.get_submodule(last).register_forward_hook(lambda m, a, x: seen.append(x.detach().double().numpy()))
-            each(*inputs)
-            handle.remove()
-            pair.append(seen[0].reshape(-1, 32))
-        h, moved = pair
-        signal += (h ** 2).sum()
-        error += ((moved - h) ** 2).sum()
-        cosines += [a @ b / np.linalg.norm(a) / np.linalg.norm(b) for a, b in zip(h, moved)]
-    assert found["sqnr"] == pytest.approx(10 * math.log10(signal / error), abs=1e-3)
-    assert found["cosine"] == pytest.approx(np.mean(cosines), abs=1e-6)
-    metric = run.model.metric
-    assert scores(run, model) == found | {metric: evaluate(model, run.validation(), run.device)[metric]}  # in one pass
-    assert fidelity(run.model, floating_states(run)) == {"sqnr": math.inf, "cosine": pytest.approx(1, abs=1e-6)}
+    h, moved = (np.concatenate([what_passes(x, RUNS[name], inputs).double().numpy().reshape(-1, 32)
+                                for inputs, _ in run.validation()]) for x in (run.model, model))
+    cosines = (h * moved).sum(axis=1) / np.linalg.norm(h, axis=1) / np.linalg.norm(moved, axis=1)
+    states = list(last_states(run, run.model))
+    found = sqnr_and_cosine(zip(last_states(run, model), states))
+    sqnr = 10 * math.log10((h ** 2).sum() / ((moved - h) ** 2).sum())
+    assert found == pytest.approx({"sqnr": sqnr, "cosine": cosines.mean()}, abs=1e-5)
+    metric = found["sqnr"] if name == "encoder" else run.score(model)
+    assert scores(run, model, states) == {"metric": metric, "sqnr": found["sqnr"]}
+    assert scores(run, run.model, states)["sqnr"] == math.inf
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_one_kind_at_a_time(runs, name):
-    run, build = opened(runs, name)
-    rows = by_kind(run, build, batches=2)
-    kinds, last = [row["tap"] for row in rows[:-3]], [row["tap"] for row in rows[-3:]]
-    assert last == ["all activations", "all weights", "everything"]
-    assert set(kinds) == {tap.rpartition(".")[2] for tap, q in quantizers(build()).items() if isinstance(q, ActivationQuantizer)}
-    sqnr = [row["sqnr"] for row in rows[:-3]]
-    assert sqnr == sorted(sqnr) and rows[-1]["sqnr"] < sqnr[0]
-    plain = build()
-    run.calibrate(plain, 0, 2)
-    assert rows[-1]["sqnr"] == pytest.approx(fidelity(plain, floating_states(run))["sqnr"])
+    run = opened(runs / name)
+    rows, states = damage(run, batches=2)["kinds"], list(last_states(run, run.model))
+    kinds, together = rows[:-4], rows[-4:]
+    taps = {tap.split(".")[-1] for tap, m in run.model.named_modules() if isinstance(m, Tap)}
+    assert {f"{row['tap']}_tap" for row in kinds} == taps
+    sqnr = [row["sqnr"] for row in kinds]
+    assert sqnr == sorted(sqnr) and together[-1]["sqnr"] < sqnr[0]
+    for row, title, only in zip(
+            together, ("nothing", "all activations", "all weights", "everything"),
+            ("", "*_tap", "*.weight", "*"), strict=True):
+        model = quantize_model(run.model, only=only)
+        run.calibrate(model, 0, 2)
+        assert row == {"tap": title} | scores(run, model, states)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_with_nothing_quantized_nothing_moves(runs, name):
-    run, build = opened(runs, name)
-    model = build()
-    with only(model, ()):
-        run.calibrate(model, 0, 1)
-        assert fidelity(model, floating_states(run))["sqnr"] > 100
+@pytest.mark.parametrize("name, tap", [("opt", "ffn_output"), ("vit", "final_norm"),
+                                       ("bert", "layer_output")])
+def test_alone_it_is_the_float_model_with_that_tensor_rounded(runs, name, tap):
+    """In all layers and in the last, by PyTorch's kernel on the float model's range."""
+    run = opened(runs / name)
+    found = damage(run, bits=6, batches=1, eval_batches=1, layers=True)
+    ((inputs, _),), (calibration,) = run.validation(1), run.calibration_inputs(0, 1)
 
+    def expected(places):
+        model = copy.deepcopy(run.model)
+        for place in places:
+            low, high = torch.aminmax(what_passes(run.model, place, calibration))
+            grid = (high - low).item() / 63, round((-63 * low / (high - low)).item()), 0, 63
+            model.get_submodule(place).register_forward_hook(
+                lambda m, args, x, grid=grid: torch.fake_quantize_per_tensor_affine(x, *grid))
+        h, moved = (what_passes(x, RUNS[name], inputs) for x in (run.model, model))
+        ratio = h.square().sum() / (moved - h).square().sum()
+        return pytest.approx(10 * math.log10(ratio), abs=0.02)
 
-@torch.no_grad()
-def test_a_single_tap_is_the_float_model_with_that_tensor_rounded(runs):
-    run, build = opened(runs, "opt")
-    found, altogether = by_layer(run, build, batches=1, eval_batches=1)
-    (inputs,) = run.calibration_inputs(0, 1)
-    tap = run.model.layers[1].ffn_output_tap
-    seen = []
-    handle = tap.register_forward_hook(lambda m, a, x: seen.append(x))
-    run.model(*inputs)
-    handle.remove()
-    grid = affine_parameters(*torch.aminmax(seen[0]), 8)  # of the floating-point model, one batch
-    ((batch, h),) = floating_states(run, 1)
-    handle = tap.register_forward_hook(lambda m, a, x: fake_quantize(x, *grid, 8))
-    moved = last_hidden(run.model, batch)
-    handle.remove()
-    expected = 10 * math.log10(h.square().sum() / (moved - h).square().sum())
-    assert found["ffn_output"][1]["sqnr"] == pytest.approx(expected, abs=1e-2)
-    assert altogether == by_kind(run, build, batches=1, eval_batches=1)[-3:]
-
-
-def test_only_switches_the_others_off_and_back_on(runs):
-    run, build = opened(runs, "bert")
-    model = build()
-    with only(model, ["layers.0.ffn_output", "layers.1.ffn_up.weight"]):
-        active = [name for name, quantizer in quantizers(model).items() if quantizer.active]
-        assert sorted(active) == ["layers.0.ffn_output", "layers.1.ffn_up.weight"]
-        with calibrating(model):
-            model(torch.randint(256, (2, 16)))
-    assert all(quantizer.active and not getattr(quantizer, "estimating", False) for quantizer in quantizers(model).values())
+    places = [x for x, _ in run.model.named_modules() if x.split(".")[-1] == f"{tap}_tap"]
+    assert [row["sqnr"] for row in found["kinds"] if row["tap"] == tap] == [expected(places)]
+    if len(places) == 2:
+        assert found["layers"][tap][1]["sqnr"] == expected(places[1:])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_the_scripts_show_it(runs, name, tmp_path):
-    out, _ = run("quantize.py", runs / name, "--seeds", 1, "--batches", 1, "--sqnr", "--taps", "--json", tmp_path / "table.json")
-    (row,) = json.loads((tmp_path / "table.json").read_text())
-    assert {"mean", "std", "all"} == row["quantized"]["8x8"]["sqnr"].keys() and "W8A8, SQNR dB" in out
-    assert all(tap.keys() == {"tap", "metric", "sqnr"} and not tap["tap"].endswith("_tap") for tap in row["taps"])
-    assert all(f"| {tap['tap']} |" in out for tap in row["taps"])
-    out, _ = run("analyze.py", runs / name, "--damage", "--batches", 1, "--out", tmp_path)
-    assert "| ffn_output | " in out and "| layer 2 |" in out and "| all weights | " in out
-    opened_run = open_run(runs / name, torch.device("cpu"))
-    with watch(opened_run.model, ("ffn_output",), growth) as outliers, torch.no_grad():
-        for batch in opened_run.validation(1):
-            opened_run.model(*batch[0])
-    mean = outliers.mean["ffn_output"]
-    cells = [f"{height:.1f} ({share:.2f})" for height, share in zip(mean["max_over_sigma"], mean["share"])]
-    assert f"| ffn_output | {' | '.join(cells)} |" in out
+def test_the_script(runs, name, tmp_path):
+    out, _ = run("lab.damage", runs / name, "--layers", "--batches", 1, "--eval-batches", 1,
+                 "--bits", 6, "--json", tmp_path / "x.json", "--out", tmp_path / "new" / "folder")
+    (row,) = json.loads((tmp_path / "x.json").read_text())
+    is_encoder, again = name == "encoder", opened(runs / name)
+    assert ("| only this in 6 bits | SQNR dB ↑ |" in out) == is_encoder
+    assert all(f"| {x['tap']} | " in out for x in row["kinds"]) and out.count("SQNR dB ↑") == 2
+    with watch(again.model, row["layers"], growth) as outliers:
+        list(last_states(again, again.model, 1))
+    for tap, layers in row["layers"].items():
+        assert row["growth"][tap] == outliers.mean[tap]
+        grown = zip(*(outliers.mean[tap][key] for key in ("max_over_sigma", "share")))
+        metric = "{sqnr:.1f}" if is_encoder else "{metric:.4g}"
+        for cells in (map("{0[0]:.1f} ({0[1]:.2f})".format, grown),
+                      map("{sqnr:.1f}".format_map, layers), map(metric.format_map, layers)):
+            assert f"| {tap} | {' | '.join(cells)} |" in out
+    assert (tmp_path / "new" / "folder" / f"damage-{name}.png").read_bytes()[1:4] == b"PNG"
 
 
-def test_damage_is_a_picture_of_its_own(runs):
-    _, err = run("analyze.py", runs / "bert", "--damage", "--curves", code=2)
-    assert "--curves and --damage are different pictures" in err and err.count("\n") == 1
-    _, err = run("analyze.py", runs / "bert", "--damage", "--layer", 1, code=2)
-    assert "--layer has no meaning with --damage" in err and err.count("\n") == 1
+def test_without_matplotlib_there_are_the_numbers(runs, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lab.figures", None)
+    monkeypatch.delattr(lab, "figures", raising=False)
+    out, _ = run("lab.damage", runs / "opt", "--batches", 1, "--eval-batches", 1,
+                 "--out", tmp_path / "x")
+    assert "tensor by tensor" in out and "no pictures without matplotlib" in out
 
 
-@torch.no_grad()
-def test_a_ruined_model_has_no_error_but_a_figure(runs):
-    """An infinite error, or a NaN, in the hidden states."""
-    run, _ = opened(runs, "opt")
-    for value, expected in ((torch.inf, -math.inf), (torch.nan, math.nan)):
-        broken = copy.deepcopy(run.model)
-        broken.final_norm_tap.register_forward_hook(lambda m, a, x, value=value: torch.full_like(x, value))
-        assert fidelity(broken, floating_states(run, 1))["sqnr"] == pytest.approx(expected, nan_ok=True)
+@pytest.mark.parametrize("value, expected", [(torch.inf, -math.inf), (torch.nan, math.nan)])
+def test_a_ruined_model_has_no_error_but_a_figure(value, expected):
+    found = sqnr_and_cosine([(torch.full((2, 3), value), torch.ones(2, 3))])
+    assert found["sqnr"] == pytest.approx(expected, nan_ok=True)

@@ -1,106 +1,113 @@
-"""The metrics against their formulas in numpy and scipy's definition written out."""
+"""The metrics against their formulas in numpy and scipy, and written out in loops."""
+import math
+
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
-from minq.analysis import outlier_counts
 from minq.attention import Tap
-from minq.model import FAMILIES, Bert, BertConfig
-from minq.outliers import inf_norm, is_outlier, kurtosis, watch
-
-torch.manual_seed(0)
-X = torch.randn(3, 50, 40)
-X[1, 7, 5] = 60.0
-X[2, :, 9] += 25.0
+from minq.model import FAMILIES
+from minq.outliers import growth, inf_norm, is_outlier, kurtosis, watch
+from small import inputs, small
 
 
-def test_norms_equal_numpy():
-    for x, inf, kurt in zip(X.double().numpy(), inf_norm(X), kurtosis(X)):
-        assert inf.item() == pytest.approx(np.abs(x).max())
-        m2, m4 = np.mean((x - x.mean()) ** 2), np.mean((x - x.mean()) ** 4)
-        assert kurt.item() == pytest.approx(m4 / m2 ** 2, rel=1e-4)  # scipy.stats.kurtosis(x, fisher=False)
+def test_norms_and_outliers_equal_numpy_and_scipy():
+    x = torch.randn(3, 50, 40, generator=torch.Generator().manual_seed(0))
+    x[1, 7, 5], x[2, :, 9] = -60.0, x[2, :, 9] + 25.0
+    for sample, inf, kurt, far in zip(x.double().numpy(), inf_norm(x), kurtosis(x), is_outlier(x)):
+        assert inf.item() == pytest.approx(np.abs(sample).max())
+        expected = scipy.stats.kurtosis(sample, axis=None, fisher=False)
+        assert kurt.item() == pytest.approx(expected, rel=1e-4)
+        expected = np.abs(sample - sample.mean()) > 6 * sample.std()  # footnote 1
+        assert np.array_equal(far.numpy(), expected) and (far.any() or inf < 6)
 
 
-def test_kurtosis_is_not_excess_and_has_no_epsilon():
-    gaussian = torch.randn(1, 1000, 1000)
-    assert kurtosis(gaussian).item() == pytest.approx(3.0, rel=0.01)
-    assert kurtosis(gaussian * 0.02).item() == pytest.approx(3.0, rel=0.01)  # an epsilon of 1e-6 would give 0.4
+def test_kurtosis_is_not_excess_has_no_epsilon_and_is_at_most_the_number_of_values():
+    gaussian, alone = torch.randn(1, 1000, 1000), torch.zeros(1, 30, 20)
+    alone[0, 3, 4] = 1.0
+    found = [kurtosis(x).item() for x in (gaussian, gaussian * 0.02, alone)]
+    assert found == pytest.approx([3, 3, 600], rel=0.01)
 
 
-def test_kurtosis_is_at_most_the_number_of_values():
-    x = torch.zeros(1, 30, 20)
-    x[0, 3, 4] = 1.0
-    assert kurtosis(x).item() == pytest.approx(600, rel=0.01)
+# ---- growth ----
+
+def written_out(sample):
+    """(sigma, max / sigma, share) of one sample, a list of tokens that are lists of values."""
+    M, token, dimension = max((abs(value), t, j) for t, row in enumerate(sample)
+                              for j, value in enumerate(row))
+    rest = [value for row in sample for j, value in enumerate(row) if j != dimension]
+    mean = sum(rest) / len(rest)
+    sigma = math.sqrt(sum((value - mean) ** 2 for value in rest) / len(rest))
+    return sigma, M / sigma, M ** 2 / sum(value ** 2 for value in sample[token])
 
 
-def test_outliers_are_values_beyond_six_sigma():
-    expected = np.stack([np.abs(x - x.mean()) > 6 * x.std() for x in X.double().numpy()])
-    assert np.array_equal(is_outlier(X).numpy(), expected) and expected.any()
-    counts = outlier_counts(X)
-    assert np.array_equal(counts["by_position"].numpy(), expected.sum(2))
-    assert np.array_equal(counts["by_dimension"].numpy(), expected.sum(1))
+@pytest.mark.parametrize("outlier", (0.0, 30.0, -300.0))
+@pytest.mark.parametrize("shape", [(3, 5, 7), (2, 3, 4, 5)])  # heads count as tokens
+def test_growth_is_what_is_written_out(outlier, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)) + 0.5
+    x[..., 2, 4] += outlier
+    found = growth(x)
+    assert torch.equal(found["inf_norm"], inf_norm(x))
+    assert torch.equal(found["kurtosis"], kurtosis(x))
+    for i, sample in enumerate(x.flatten(1, -2).double().tolist()):
+        measured = [found[name][i].item() for name in ("sigma", "max_over_sigma", "share")]
+        assert measured == pytest.approx(written_out(sample), rel=1e-4)
 
 
-@pytest.fixture
-def model():
-    torch.manual_seed(0)
-    return Bert(BertConfig(layers=3, width=32, heads=4, ffn=64, seq_len=12)).eval()
+@pytest.mark.parametrize("M, noise, share", [
+    (40, 1, 0.962), (80, 1, 0.990), (800, 1, 0.9999), (1, 0, 1)])
+def test_the_share_saturates_and_max_over_sigma_does_not(M, noise, share):
+    """M over a noise of sigma 1 in d dimensions: share M^2 / (M^2 + d - 1). M alone: infinite."""
+    x = torch.full((1, 2, 64), float(noise))
+    x[0, 1], x[0, 0, 3] = -noise, M
+    found = growth(x)
+    height = M / noise if noise else math.inf
+    assert found["max_over_sigma"].item() == pytest.approx(height, rel=1e-5)
+    assert found["share"].item() == pytest.approx(share, abs=5e-4)
 
 
-def test_watch_averages_over_samples_not_batches(model):
-    tokens, seen = torch.randint(256, (6, 12)), {"ffn_output": [], "layer_output": []}
-    for layer in model.layers:
-        layer.ffn_output_tap.register_forward_hook(lambda m, a, x: seen["ffn_output"].append(x))
-        layer.layer_output_tap.register_forward_hook(lambda m, a, x: seen["layer_output"].append(x))
-    model(tokens)
-    whole = {tap: list(layers) for tap, layers in seen.items()}
-    with watch(model) as outliers, torch.no_grad():
-        for part in (tokens[:1], tokens[1:]):
-            model(part)
-    for tap, layers in whole.items():
-        for layer, x in enumerate(layers):
-            assert outliers.mean[tap]["inf_norm"][layer] == pytest.approx(inf_norm(x).mean().item(), rel=1e-5)
-            assert outliers.mean[tap]["kurtosis"][layer] == pytest.approx(kurtosis(x).mean().item(), rel=1e-5)
-    assert outliers.max_inf_norm("ffn_output") == pytest.approx(max(inf_norm(x).mean().item() for x in whole["ffn_output"]))
-    assert outliers.avg_kurtosis("layer_output") == pytest.approx(
-        np.mean([kurtosis(x).mean().item() for x in whole["layer_output"]]), rel=1e-5)
-
-
-def test_watch_takes_any_tap_and_measure_and_leaves_no_hook(model):
-    with watch(model, taps=("probs",), measure=lambda x: {"rows": x.sum(-1)}) as sums:
-        model(torch.randint(256, (2, 12)))
-    assert len(sums.mean["probs"]["rows"]) == 3
-    assert np.allclose(sums.mean["probs"]["rows"][0], 1, atol=1e-5)
-    assert not any(module._forward_hooks for module in model.modules())
-    with pytest.raises(KeyError, match="no tap named nonsense"):
-        with watch(model, taps=("nonsense",)):
-            pass
-
-
-def test_a_tap_that_nothing_passes_is_an_error(model):
-    model.layers[1].attention.masked_scores_tap = Tap()  # a student's, not called yet
-    with pytest.raises(KeyError, match="nothing has passed the model's tap masked_scores in place 0"):
-        with watch(model, ("masked_scores",)):
-            model(torch.randint(256, (2, 12)))
-
+# ---- watching a model ----
 
 POOLS = {  # the tensors whose kurtosis the authors' code averages
-    "bert": [f"layers.{i}.{tap}" for i in range(2) for tap in ("ffn_output_tap", "layer_output_tap")],
-    "vit": [f"layers.{i}.{tap}" for i in range(2) for tap in ("ffn_output_tap", "layer_output_tap")],
-    "opt": ["final_norm_tap"] + [f"layers.{i}.{tap}" for i in range(2) for tap in (
-        "layer_output_tap", "ffn_output_tap", "attention.attention_output_tap", "norm1_tap", "norm2_tap")]}
+    "bert": ("ffn_output", "layer_output"), "vit": ("ffn_output", "layer_output"),
+    "opt": ("layer_output", "ffn_output", "attention.attention_output", "norm1", "norm2")}
 
 
-@pytest.mark.parametrize("family", POOLS)
-def test_the_papers_kurtosis_is_a_mean_over_the_authors_tensors(family):
-    torch.manual_seed(0)
-    build = FAMILIES[family]
-    model = build(build.config_class(layers=2, width=32, heads=4)).eval()
-    inputs = torch.rand(3, 3, 32, 32) if family == "vit" else torch.randint(256, (3, 12))
-    seen = []
-    for name in POOLS[family]:
-        model.get_submodule(name).register_forward_hook(lambda m, a, x: seen.append(kurtosis(x).mean().item()))
-    with watch(model, model.kurtosis_taps) as outliers, torch.no_grad():
-        model(inputs)
-    assert len(seen) == len(POOLS[family])
-    assert outliers.avg_kurtosis(*model.kurtosis_taps) == pytest.approx(np.mean(seen), rel=1e-5)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_watch_averages_over_samples_then_over_the_authors_tensors(family):
+    model, x, seen = small(family, layers=3).eval(), inputs(family, n=6), {}
+    names = [f"layers.{i}.{tap}_tap" for tap in POOLS[family] for i in range(3)]
+    for name in names + ["final_norm_tap"] * (family == "opt"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: seen.update({name: out}))
+    model(x)
+    kurtoses = [kurtosis(out).mean().item() for out in seen.values()]
+    norms = [inf_norm(seen[f"layers.{i}.{model.norm_tap}_tap"]).mean().item() for i in range(3)]
+    with watch(model, ("ffn_output", *model.kurtosis_taps)) as outliers:
+        for part in (x[:1], x[1:]):
+            model(part)
+    assert outliers.mean[model.norm_tap]["inf_norm"] == pytest.approx(norms, rel=1e-5)
+    assert outliers.max_inf_norm(model.norm_tap) == pytest.approx(max(norms), rel=1e-5)
+    found = outliers.avg_kurtosis(*model.kurtosis_taps)
+    assert found == pytest.approx(np.mean(kurtoses), rel=1e-5)
+
+
+@pytest.mark.parametrize("tap, shape", [
+    ("probs", (2, 4)), ("layer_input", (2, 12)), ("gate_output", (2, 4))])
+def test_watch_takes_any_tap_and_measure_and_leaves_no_hook(tap, shape):
+    model = small(attention="gated")
+    with watch(model, (tap,), lambda x: {"sums": x.flatten(2).sum(-1)}) as sums:
+        model(inputs())
+    found = np.array(sums.mean[tap]["sums"])  # rows of probabilities sum to 1
+    assert found.shape == shape and (tap != "probs" or np.allclose(found, 12))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("tap, message", [
+    ("none", "no tap named none"), ("mine", "nothing has passed .* tap mine in place 0")])
+def test_a_tap_that_is_not_there_or_that_nothing_passes_is_an_error(tap, message):
+    model = small()
+    model.layers[1].attention.mine_tap = Tap()  # a student's, not called yet
+    with pytest.raises(KeyError, match=message), watch(model, (tap,)):
+        model(inputs())

@@ -1,63 +1,136 @@
-"""The README and docs/ keep their word: links point at what they name, the demonstration prints what it shows."""
+"""The pages keep their word: links lead somewhere, commands parse, the README's code runs."""
 import contextlib
+import importlib
 import io
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
+
+from minq import attention, flags
+from minq.model import Opt, OptConfig
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "exercises" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "exercises" / "README.md", ROOT / "zoo" / "README.md",
+         *sorted((ROOT / "docs").glob("*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
+
+# ---- links ----
 
 def links(page):
     """(text, file, anchor) of every link and image of a page that stays within the project."""
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     found = re.findall(r"\[([^\[\]]*)\]\(([^()\s#]*)(?:#([^()\s]*))?\)", prose)
-    return [(text, page.parent / target if target else page, anchor) for text, target, anchor in found if "://" not in target]
+    return [(text, page.parent / target if target else page, anchor)
+            for text, target, anchor in found if "://" not in target]
 
 
 def anchors(page):
     """What a link can name after the #: the headings, as GitHub writes them."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+    return {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings}
 
 
 def defines(path, name):
-    definition = rf"^\s*((def|class) {name}\b|{name}\s*=)" if name.isupper() else rf"^\s*(def|class) {name}\b"
+    definition = rf"^\s*(def|class) {name}\b" + rf"|^{name}\s*=" * name.isupper()
     return re.search(definition, path.read_text(), re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@each_page
 def test_links_point_at_what_they_name(page):
     for text, path, anchor in links(page):
         assert path.exists(), f"[{text}]: there is no {path}"
-        assert not anchor or anchor in anchors(path), f"[{text}]: {path.name} has no heading {anchor}"
+        assert not anchor or anchor in anchors(path), f"[{text}]: {path.name} has no {anchor}"
         name = re.fullmatch(r"`(\w+)`", text)
         assert not name or defines(path, name[1]), f"{name[1]} is not defined in {path.name}"
 
 
 def test_links_are_found():
     """The test above would pass if it saw no links."""
-    assert ("`clipped_softmax`", ROOT / "docs" / "../minq/attention.py", "") in links(ROOT / "docs" / "paper.md")
-    assert any(path.name == "outliers-bert.png" for _, path, _ in links(ROOT / "README.md"))
-    assert defines(ROOT / "minq" / "attention.py", "ATTENTIONS") and not defines(ROOT / "minq" / "attention.py", "ATTENTION")
+    target = ROOT / "docs" / "../minq/attention.py"
+    assert ("`clipped_softmax`", target, "") in links(ROOT / "docs" / "paper.md")
+    assert defines(target, "ATTENTIONS") and not defines(target, "ATTENTION")
 
+
+# ---- commands ----
+
+class Parsed(Exception):
+    """A script has understood its command line, and shall not run."""
+
+
+def commands(page):
+    """(module, arguments) of every command of ours on a page, with the first value of what a shell
+    would put in place of $variables, and something for what a reader would."""
+    text = page.read_text().replace("\\\n", " ")
+    variables = re.findall(r"^(?:\$ )?(\w+)=\"(.*?)\"|for (\w+) in ([^ ;]+)", text, re.MULTILINE)
+    values = {a or c: b or d for a, b, c, d in variables} | {"name": "it"}
+    placeholders = {"NAME": "quick", "L": "1", "H": "1", "...": ""}
+    for line in re.findall(r"\b(?:python|torchrun) ([^;&|`\n]*)", text):
+        line = re.sub(r"\$(\w+)", lambda found: values[found[1]], line)
+        words = [placeholders.get(word, word) for word in shlex.split(line, comments=True)]
+        script = [i for i, word in enumerate(words) if re.match(r"lab\.|[\w/]+\.py$", word)]
+        if script and "FLAGS" not in words:
+            yield words[script[0]], [word for word in words[script[0] + 1:] if word]
+
+
+@each_page
+def test_commands_parse(page, monkeypatch):
+    """Each with its script's own parser, and its own check of what fits together."""
+    parse, read = flags.Parser.parse_args, flags.read_flags
+
+    def parse_args(parser, argv=None, namespace=None):
+        args = parse(parser, argv, namespace)
+        if argv and namespace is None:  # read_flags, below, has more to say
+            raise Parsed
+        return args
+
+    def read_flags(*given):
+        read(*given)
+        raise Parsed
+
+    monkeypatch.setattr(flags.Parser, "parse_args", parse_args)
+    monkeypatch.setattr(flags, "read_flags", read_flags)
+    for script, arguments in commands(page):
+        path = ROOT / (script if script.endswith(".py") else script.replace(".", "/") + ".py")
+        assert path.exists(), script
+        if path.parent.name in ("lab", ROOT.name):
+            module = importlib.import_module(script.removesuffix(".py"))
+            with pytest.raises(Parsed) if arguments else contextlib.nullcontext():
+                arguments and module.main(arguments)
+
+
+def test_commands_are_found():
+    found = list(commands(ROOT / "README.md"))
+    assert ("lab.bench", ["--quick"]) in found and len(found) > 15
+    assert any("32" in words and "runs/bert-gated" in words for _, words in found)  # of $recipe
+
+
+# ---- the README ----
 
 def test_the_readme_is_short():
     assert len(README.encode()) <= 12_000
 
 
 def test_the_demonstration_prints_what_it_shows():
-    code, expected = re.search(r"```python\n(import torch\n.*?)```\n\n```\n(.*?)```", README, re.DOTALL).groups()
+    block = r"```python\n(import torch\n.*?)```\n\n```\n(.*?)```"
+    code, expected = re.search(block, README, re.DOTALL).groups()
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         exec(code, {})
     assert out.getvalue() == expected
 
 
-def test_the_variant_in_the_readme_is_the_one_that_is_tested():
-    code = re.search(r"```python\n(class TopFour.*?)\n\nATTENTIONS", README, re.DOTALL).group(1)
-    normal = lambda text: re.sub(r"\n\n", "\n", text).strip()
-    assert normal(code) in normal((ROOT / "tests" / "test_variant.py").read_text())
+def test_the_variant_in_the_readme_is_one(monkeypatch):
+    """Four probabilities of a row are above 0, fewer where fewer may be seen."""
+    monkeypatch.setitem(attention.ATTENTIONS, "top-four", None)
+    code = re.search(r"```python\n(class TopFour.*?)```", README, re.DOTALL)[1]
+    exec(code, dict(vars(attention)))
+    model, rows = Opt(OptConfig(attention="top-four", seq_len=8)), []
+    model.layers[0].attention.probs_tap.register_forward_hook(lambda _, x, y: rows.append(y))
+    model(torch.arange(8)[None])
+    assert (rows[0] > 0).sum(-1).unique().tolist() == [1, 2, 3, 4]
+    torch.testing.assert_close(rows[0].sum(-1), torch.ones(1, 4, 8))

@@ -1,165 +1,120 @@
-"""Experiments: every row's flags are ones that its script takes; runs are made once, resumed, verified, tabulated."""
+"""Experiments: their commands are ones that the scripts take; runs are made once, resumed, verified
+and tabulated; what is recorded is what its pages show."""
 import argparse
+import importlib
 import importlib.util
 import json
 import math
 import shlex
 import shutil
+import statistics
 
 import pytest
 import torch
 
-import bench
-import reproduce
-from minq import tables, workloads
-from minq.experiments import EXPERIMENTS, Experiment, Row
-from minq.remedies import REMEDIES
-from running import ROOT, SMALL, TINY_MODELS, run
+from lab import bench, reproduce, tables
+from lab.cures import ATTENTIONS
+from lab.experiments import EXPERIMENTS, Experiment, Row
+from minq import flags
+from running import ROOT, SMALL, run
 
+ARGS = dict(steps=None, runs="runs/reproduce")
+RESULTS = sorted((ROOT / "results").glob("*.json"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def jobs(*names, preset="laptop"):
+    args = argparse.Namespace(preset=preset, **ARGS)
+    return [reproduce.Job(EXPERIMENTS[name], row, 0, args)
+            for name in names for row in EXPERIMENTS[name].rows]
+
+
+# ---- experiments are data ----
 
 class Parsed(Exception):
-    pass
+    """A script has understood its command line, and shall not run."""
 
 
-@pytest.mark.parametrize("scale", ["laptop", "paper"])
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_row_is_a_command_that_its_script_takes(name, scale, monkeypatch):
+@pytest.mark.parametrize("preset", ["laptop", "paper"])
+def test_every_command_is_one_that_its_script_takes(preset, monkeypatch):
     def stop():
         raise Parsed
-    for row in EXPERIMENTS[name].rows:
-        if row.source:  # not trained
-            continue
-        script = importlib.import_module(f"train_{row.family}")
-        monkeypatch.setattr(script, "start_processes", stop)  # what a script does once its flags are read
+
+    def parse_args(parser, argv=None, namespace=None, parse=flags.Parser.parse_args):
+        args = parse(parser, argv, namespace)
+        return stop() if argv and namespace is None else args  # training scripts check more
+
+    monkeypatch.setattr(flags.Parser, "parse_args", parse_args)
+    for script in ("train_bert", "train_opt", "train_vit"):
+        monkeypatch.setattr(importlib.import_module(script), "start_processes", stop)
+    commands = {tuple(words[:words.index("--seed")] if "--seed" in words else words)
+                for job in jobs(*EXPERIMENTS, preset=preset) for text in job.text().split(" && ")
+                for words in [shlex.split(text.replace("python -m", "python"))]
+                if job.row not in EXPERIMENTS["table8"].rows}
+    assert len(commands) > 100
+    for _, script, *words in commands:
         with pytest.raises(Parsed):
-            script.main(EXPERIMENTS[name].settings(row, scale))
+            importlib.import_module(script.removesuffix(".py")).main(words)
 
 
-def test_labels_are_unique_within_a_table():
-    for experiment in EXPERIMENTS.values():
-        keys = [(row.family, row.label) for row in experiment.rows]
-        assert len(set(keys)) == len(keys)
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_rows_of_a_table_differ(name):
+    of_table = jobs(name)
+    assert len({(job.row.family, job.row.label) for job in of_table}) == len(of_table)
+    assert name == "table8" or len({job.folder for job in of_table}) == len(of_table)
+    assert EXPERIMENTS[name].columns in (*tables.COLUMNS, "remedies")
 
 
-@pytest.fixture
-def tiny(corpus, tmp_path, monkeypatch):
-    """An experiment of two rows of a few steps, in a folder of its own."""
-    recipe = {"laptop": {"bert": shlex.join([*SMALL, "--data", corpus, "--save-every", "3"])}}
-    monkeypatch.setitem(EXPERIMENTS, "blog", Experiment(
-        "Two rows", (Row("Vanilla", "bert", published="4.49 ±0.01 | 735 ±55 | 3076 ±262 | 1294 ±1046", line="T = 16", x="0"),
-                     Row("CS", "bert", "--attention clipped", line="T = 16", x="1")), xlabel="alpha",
-        quantize="--batches 1 --seeds 2", recipes=recipe))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+@pytest.mark.parametrize("name, others, shared", [
+    ("cures", ("table2", "table4"), 7), ("rates", ("table2",), 3), ("bits", ("table2",), 12),
+    ("short", ("remedies",), 3), ("fig7", ("table4",), 4), ("quick", ("table1",), 0)])
+def test_the_same_training_is_one_run(name, others, shared):
+    assert len({job.folder for job in jobs(name)} & {job.folder for job in jobs(*others)}) == shared
 
 
-@pytest.mark.slow
-def test_runs_once_draws_resumes_verifies_and_writes_its_table(tiny):
-    out, _ = run("reproduce.py", "blog", "--jobs", 2)
-    table = json.loads((tiny / "results" / "blog.json").read_text())
-    assert [row["label"] for row in table["rows"]] == ["Vanilla", "CS"] and "735 ±55" in out
-    assert (tiny / "results" / "blog.md").read_text() in out
-    if importlib.util.find_spec("matplotlib"):
-        assert (tiny / "results" / "blog-bert.png").read_bytes().startswith(b"\x89PNG")
-    first = table["rows"][0]
-    assert "1 training seed, 2 calibrations" in out
-    assert first["fp"]["mean"] == first["as_trained"]["mean"] and first["quantized"]["8x8"]["calibrations"] > 0
-    folders = sorted((tiny / "runs" / "reproduce").iterdir())
-    assert len(folders) == 2
-    times = {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
-
-    run("reproduce.py", "blog", "--jobs", 2)
-    assert times == {path: path.stat().st_mtime_ns for folder in folders for path in folder.iterdir()}
-
-    path = folders[0] / "checkpoint.pt"
-    torch.save(torch.load(path, weights_only=True) | {"step": 5}, path)  # as if it had been stopped before its last step
-    run("reproduce.py", "blog", "--jobs", 1)
-    assert torch.load(path, weights_only=True)["step"] == 6
-
-    out, _ = run("reproduce.py", "blog", "--verify")
-    assert "all weights are the same, bit by bit" in out
-    table["rows"][0]["weights_sha256"] = ["0" * 64]
-    (tiny / "results" / "blog.json").write_text(json.dumps(table))
-    _, err = run("reproduce.py", "blog", "--verify", code=2)
-    assert "blog, Vanilla: the weights differ" in err.splitlines()[-1]
+def test_every_cure_is_compared_in_both_families_and_in_opt_at_two_rates():
+    for family, rates in (("opt", 2), ("bert", 1)):
+        lines = {}
+        for row in EXPERIMENTS[f"cures-{family}"].rows:
+            lines.setdefault(row.line, []).append((row.laptop or row.flags).split())
+        assert all(len(each) == rates for each in lines.values())
+        assert all(second[-2:] == ["--lr", "0.02" if "muon" in second else "0.003"]
+                   for _, *others in lines.values() for second in others)
+        seen = {words[words.index("--attention") + 1] for (words, *_) in lines.values()
+                if "--attention" in words}
+        assert seen == set(ATTENTIONS) - {"vanilla", *["row-clipped"] * (family == "bert")}
 
 
-@pytest.mark.slow
-def test_a_published_checkpoint_is_a_row_where_it_is_there(tiny, monkeypatch):
-    experiment = EXPERIMENTS["blog"]
-    monkeypatch.setitem(EXPERIMENTS, "blog", Experiment(
-        "Remedies", (experiment.rows[0], Row("Somebody's", "bert", source="somebody/theirs")), columns="remedies",
-        quantize="--batches 1 --seeds 2 --remedies --bits 8", recipes=experiment.recipes))
-    out, err = run("reproduce.py", "blog", "--jobs", 2)
-    assert "runs/theirs is not there, so its row is left out; make it: python pretrained.py somebody/theirs" in err
-    assert "**BERT, Vanilla**" in out and "Somebody's" not in out
-    (made,) = (tiny / "runs" / "reproduce").iterdir()
-    (tiny / "runs" / "theirs").mkdir()
-    shutil.copy(made / "checkpoint.pt", tiny / "runs" / "theirs")  # and no log of its training
-    out, err = run("reproduce.py", "blog", "--jobs", 2, "--seeds", 1)
-    assert "left out" not in err
-    ours, theirs = json.loads((tiny / "results" / "blog.json").read_text())["rows"]
-    assert ours["remedies"] == theirs["remedies"] and ours["fp"] == theirs["fp"] and "loss" not in theirs
-    assert theirs["commands"] == ["python pretrained.py somebody/theirs && python quantize.py runs/theirs "
-                                  "--batches 1 --seeds 2 --remedies --bits 8"]
-    first = ours["remedies"][0]
-    assert first["quantized"]["8x8"] == ours["quantized"]["8x8"] | {"sqnr": first["quantized"]["8x8"]["sqnr"]}
-    part = out.partition("**BERT, Somebody's**")[2]
-    for name in REMEDIES:
-        assert f"| {name} | " in part
-    assert "| SmoothQuant | – | – |  |" in part
+# ---- means, and what tables make of them ----
+
+def test_means_are_over_training_seeds_and_beside_them_over_calibrations():
+    a, b = [2.0, 4.0], [5.0, 5.0]
+    calibrated = lambda x: {"mean": statistics.mean(x), "std": statistics.stdev(x), "all": x}
+    seed = lambda x, words: {"fp": x[0], "nothing": None, "remedies": [
+        {"floats": words, "quantized": {"8x8": calibrated(x) | {"sqnr": calibrated(x[::-1])}}}]}
+    found = tables.over_seeds([seed(a, "1 of 9"), seed(b, "2 of 9")])
+    std = pytest.approx(statistics.stdev((2, 5)))
+    assert found["fp"] == {"mean": 3.5, "std": std, "all": [2.0, 5.0]}
+    remedy, = found["remedies"]
+    assert remedy["floats"] == "1 of 9; 2 of 9" and found["nothing"] is None
+    eight = remedy["quantized"]["8x8"]
+    assert eight["all"] == [a, b] and eight["sqnr"]["all"] == [a[::-1], b]
+    assert eight["calibrations"] == pytest.approx(statistics.stdev(a) / 2)
+    of_row = {"metric": "perplexity", "remedies": [remedy]}
+    cells = tables.remedy_columns(of_row, remedy | {"remedy": "r"})
+    assert cells["W8A8, ppl ↓"] == cells["W8A8, SQNR dB ↑"] == "4 ±1.4 (0.71)"
+    alone = tables.over_seeds([{"mean": 3.0, "std": None, "all": [3.0]}])
+    assert tables.with_std(alone) == "3" and alone["calibrations"] is None
 
 
-def test_remedies_over_seeds_keep_training_and_calibration_apart():
-    def table(metric, sqnr, floats):
-        return {"remedies": [{"remedy": "a", "floats": floats, "quantized": {"8x8": {"all": metric, "sqnr": {"all": sqnr}}}},
-                             {"remedy": "b", "floats": "", "quantized": {}}]}
-    a, b = tables.remedies_over_seeds([table([2.0, 4.0], [10.0, 12.0], "1 of 9"), table([5.0, 5.0], [20.0, 26.0], "2 of 9")])
-    found = a["quantized"]["8x8"]
-    assert found["mean"] == 4.0 and found["std"] == pytest.approx(math.sqrt(2)) and found["calibrations"] == pytest.approx(math.sqrt(2) / 2)
-    assert found["sqnr"]["mean"] == 17.0 and found["sqnr"]["std"] == pytest.approx(12 / math.sqrt(2))
-    assert a["floats"] == "1 of 9; 2 of 9" and b == {"remedy": "b", "quantized": {}, "floats": ""}
-    text = tables.remedies_table({"metric": "perplexity", "remedies": [a, b]})
-    assert "| a | 4 ±1.4 (0.71) | 17 ±8.5 (2.8) | 1 of 9; 2 of 9 |" in text and "| b | – | – |  |" in text
-
-
-@pytest.mark.slow
-def test_a_failing_run_is_named(tiny, monkeypatch):
-    monkeypatch.setitem(EXPERIMENTS, "blog", Experiment("One", (Row("Vanilla", "bert", "--width 128 --heads 5"),)))
-    _, err = run("reproduce.py", "blog", "--jobs", 2, code=2)
-    assert "--heads 5 does not divide --width 128" in err.splitlines()[-1]
-    _, err = run("reproduce.py", "blog", "--verify", code=2)
-    assert "no results yet" in err
-
-
-@pytest.mark.slow
-def test_table8_times_every_attention_of_every_family(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(workloads, "MODELS", TINY_MODELS)
-    monkeypatch.setattr(bench, "in_turns", lambda functions, rounds, device: {  # as if clipping took twice as long
-        name: [function() or (2.0 if "clipped" in name else 1.0)] * rounds for name, function in functions.items()})
-    out, _ = run("reproduce.py", "table8", "--steps", 2)
-    rows = json.loads((tmp_path / "results" / "table8-2-steps.json").read_text())["rows"]
-    assert [(row["family"], row["label"], row["ratio"]["mean"]) for row in rows] == [
-        (family, label, 2.0 if "clipped" in label else 1.0) for family in ("bert", "opt", "vit")
-        for label in ("vanilla", "clipped softmax", "gated attention, linear", "gated attention, mlp")]
-    assert "fp32, 2 rounds in turns" in out.replace("bf16", "fp32") and "119.1" in out
-    _, err = run("reproduce.py", "table8", "--verify", code=2)
-    assert "never the same twice" in err
-
-
-def test_the_paper_preset_prints_commands(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    out, _ = run("reproduce.py", "blog", "--preset", "paper")
-    assert out.count("python train_bert.py --preset blog") == len(EXPERIMENTS["blog"].rows)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_unknown_name_is_named():
-    _, err = run("reproduce.py", "table9", code=2)
-    assert "table9: no such experiment; expected some of" in err and err.count("\n") == 1
-    _, err = run("reproduce.py", code=2)
-    assert "nothing to do" in err
+def row(fp=10.0, at_bits=(10.0, 11.0, 13.0, 30.0, 90.0), metric="perplexity", **more):
+    """A row of results as lab/reproduce.py makes it, of one training seed."""
+    number = lambda x: {"mean": x, "std": None, "all": [x]}
+    quantized = {f"{bits}x{bits}": number(x) | {"calibrations": None, "all": [[x]]}
+                 for bits, x in zip((8, 7, 6, 5, 4), at_bits)}
+    return {"label": "vanilla", "family": "opt", "line": "", "x": "", "attention": "vanilla",
+            "metric": metric, "fp": number(fp), "max_inf_norm": number(9.0), "published": "",
+            "avg_kurtosis": number(7.0), "quantized": quantized, "parameters": 1000} | more
 
 
 @pytest.mark.parametrize("metric, fp, at_bits, expected", [
@@ -169,65 +124,173 @@ def test_an_unknown_name_is_named():
     ("accuracy", 90.0, (90.5, 90.0, 89.0, 79.0, 50.0), "5.60"),  # 1 point lost at 6 bits, 11 at 5
     ("perplexity", 10.0, (10.1, 11.0, math.inf, math.nan, 14.0), "7.00"),  # nothing left below 7
     ("perplexity", 10.0, (10.1, 11.0, math.nan, math.nan, 14.0), "7.00"),
-    ("perplexity", 10.0, (math.nan, math.nan, math.nan, math.nan, 14.0), "over 8"),
-])
+    ("perplexity", 10.0, (math.nan, math.nan, math.nan, math.nan, 14.0), "over 8")])
 def test_bits_at_which_a_fifth_is_lost(metric, fp, at_bits, expected):
-    row = {"metric": metric, "fp": {"mean": fp, "std": None, "all": [fp]},
-           "quantized": {f"{bits}x{bits}": {"mean": value, "std": None, "all": [[value]]} for bits, value in zip((8, 7, 6, 5, 4), at_bits)}}
-    columns = tables.bits_columns(row)
-    assert list(columns.values())[-1] == expected
-    assert columns["W4A4"].endswith("(+40.0)" if metric == "accuracy" else f"(+{10 * at_bits[-1] - 100:.1f}%)")
+    columns = tables.COLUMNS["bits"](row(fp, at_bits, metric))
+    assert columns[tables.BITS] == expected
+    lost = f"+{fp - at_bits[-1]:.1f}" if metric == "accuracy" else f"{10 * at_bits[-1] - 100:+.1f}%"
+    assert columns["W4A4"].endswith(f"({lost})")
 
 
-def test_what_is_not_finite_stays_so():
-    for values in ([math.inf] * 3, [1.0, math.inf], [math.nan, 2.0, 3.0], [math.nan]):
-        result = tables.mean_and_std(values)
-        assert not math.isfinite(result["mean"]) and (result["std"] is None or math.isnan(result["std"]))
-        assert math.isnan(result["mean"]) == any(map(math.isnan, values))
-        assert str(result["mean"]) in tables.with_std(result)
+def test_bits_of_every_seed_stand_beside_those_of_the_mean():
+    found = row(fp=10.0)
+    found["fp"]["all"].append(10.0)
+    for value in found["quantized"].values():
+        value["all"].append([2 * value["mean"] - 10.0])  # twice the loss: 20% at seven bits
+    assert tables.bits_at_loss(found) == "6.50 (6.50, 7.00)"
 
 
-# ---- what is written down ----
+def test_the_papers_columns_stand_beside_ours_and_bits_where_there_are_several():
+    found = row(published="4.49 | 735 | | 1294")
+    shown = tables.COLUMNS["quantized"](found)
+    assert [*shown.values()] == ["10", "9", "7", "10", "6.50", "4.49", "735", "", "1294"]
+    eight = tables.COLUMNS["quantized"](found | {"quantized": {"8x8": found["quantized"]["8x8"]}})
+    assert eight[tables.BITS] == "" and eight | {tables.BITS: "6.50"} == shown
+    rows = [found, row(family="bert")]
+    assert tables.one_table(rows, "quantized").startswith("|  | family | FP | max inf norm |")
+    assert "(paper)" not in tables.one_table(rows[1:], "quantized")  # empty throughout
 
-@pytest.mark.parametrize("path", sorted((ROOT / "results").glob("*.json")), ids=lambda path: path.stem)
+
+def test_of_two_rates_the_better_is_shown_and_a_number_before_none():
+    rates = lambda line, a, b, n=1000: [row(fp, line=line, x=x, parameters=n, published="a claim")
+                                        for x, fp in (("0.005", a), ("0.003", b))]
+    rows = tables.better_rates([*rates("vanilla", 4.6, 4.7), *rates("softpick", 5.5, 4.5, 1004),
+                                *rates("lost", math.nan, 900.0, 990), row(line="alone")])
+    assert [(each["label"], each["x"], each["extra_parameters"]) for each in rows] == [
+        ("vanilla", "0.005", 0), ("softpick", "0.003", 4), ("lost", "0.003", -10), ("alone", "", 0)]
+    with pytest.raises(tables.UserError, match="opt: vanilla attention failed"):
+        tables.better_rates(rates("lost", 1.0, 2.0))
+    shown = tables.COLUMNS["cures"](rows[1] | {"step_time": [1.5, 1.2, 9.0]})
+    assert [*shown.values()] == ["4.5", "0.003 (0.005: 5.5)", "9", "7", "10", "over 8", "1.50",
+                                 "+4", "a claim"]
+
+
+# ---- what is recorded ----
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
 def test_tables_are_made_from_their_results(path):
-    assert path.with_suffix(".md").read_text() == tables.markdown(json.loads(path.read_text()))
+    table = json.loads(path.read_text())
+    assert path.with_suffix(".md").read_text() == tables.rendered(table)
+    table["machine"]["device"] = "A GPU"
+    assert "; A GPU, PyTorch" in tables.rendered(table)
 
 
-def test_a_table_names_the_gpu_that_made_it_or_else_the_processor():
-    machine = {"processor": "A Processor", "cores": 2, "device": "cpu"}
-    assert tables.made_on(machine) == "A Processor" and tables.made_on(machine | {"device": "A GPU"}) == "A GPU"
-
-
-@pytest.mark.parametrize("page", reproduce.pages(), ids=lambda page: page.name)
-def test_pages_show_the_tables_of_results(page):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_pages_show_the_recorded_tables(page):
     assert tables.with_tables(page.read_text(), ROOT / "results") == page.read_text()
 
 
-def test_write_docs_fills_every_page(tmp_path, monkeypatch):
-    mark = "before\n<!-- results/{0}.md -->\nold\n<!-- end -->\nafter\n"
+def test_write_fills_every_page_between_its_marks_or_none(tmp_path, monkeypatch):
+    page = "before\n<!-- results/{0}.md -->\n{1}<!-- end -->\nafter\n"
     (tmp_path / "docs").mkdir()
-    (tmp_path / "README.md").write_text(mark.format("quick"))
-    (tmp_path / "docs" / "results.md").write_text(mark.format("blog"))
+    pages = {"quick": tmp_path / "README.md", "blog": tmp_path / "docs" / "results.md"}
+    for name, path in pages.items():
+        path.write_text(page.format(name, "old\n"))
     monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(reproduce, "RECORDED", tmp_path)
     (tmp_path / "quick.md").write_text("| quick |\n")
-    _, err = run("reproduce.py", "--write-docs", "--results", tmp_path, code=2)
-    assert "blog.md: no results yet; run: python reproduce.py blog" in err and err.count("\n") == 1
-    assert "old" in (tmp_path / "README.md").read_text()  # all pages or none
+    _, err = run("lab.reproduce", "--write", code=2)
+    assert "blog.md: no results yet: python -m lab.reproduce blog --write" in err
+    assert pages["quick"].read_text() == page.format("quick", "old\n")
     (tmp_path / "blog.md").write_text("| blog |\n")
-    run("reproduce.py", "--write-docs", "--results", tmp_path)
-    for name, page in {"quick": "README.md", "blog": "docs/results.md"}.items():
-        assert (tmp_path / page).read_text() == mark.format(name).replace("old", f"| {name} |")
+    run("lab.reproduce", "--write")
+    assert all(path.read_text() == page.format(name, f"| {name} |\n")
+               for name, path in pages.items())
 
 
-def test_an_interrupted_run_goes_on_compiled_if_it_began_so(tmp_path, monkeypatch):
-    commands = []
-    monkeypatch.setattr(reproduce, "start", lambda command, quiet: commands.append(command))
-    monkeypatch.setattr(reproduce.Job, "finished", lambda job: False)
-    args = argparse.Namespace(preset="laptop", steps=None, runs=tmp_path)
-    for name, resumed in (("table2", ["--compile"]), ("short", [])):
-        job = reproduce.Job(name, EXPERIMENTS[name].rows[0], 0, args)
-        job.folder.mkdir()
-        (job.folder / "checkpoint.pt").touch()
-        job.run(quiet=True)
-        assert commands[-2] == ["train_bert.py", "--resume", "--out", str(job.folder), *resumed]
+# ---- python -m lab.reproduce ----
+
+def test_nothing_to_do_and_what_there_is_not():
+    for words, message in ((("table9",), "table9: expected some of"), ((), "no NAME: expected")):
+        _, err = run("lab.reproduce", *words, code=2)
+        assert message in err and err.count("\n") == 1
+    _, err = run("lab.reproduce", "table8", "--verify", code=2)
+    assert "table8.json: has no hash of weights to compare with" in err
+
+
+def test_the_paper_preset_prints_commands(tmp_path):
+    out, _ = run("lab.reproduce", "blog", "table8", "--preset", "paper", "--runs", tmp_path)
+    assert out.count("python train_bert.py --preset blog") == len(EXPERIMENTS["blog"].rows)
+    assert out.endswith(f"{reproduce.TIMING}\n") and not list(tmp_path.iterdir())
+
+
+def tiny(corpus, *rows, **settings):
+    recipe = shlex.join([*SMALL, "--data", corpus, "--save-every", "3"])
+    return Experiment("Tiny", rows, quantize="--batches 1 --seeds 2 --eval-batches 1 --bits 8 4",
+                      laptop={"bert": recipe}, **settings)
+
+
+@pytest.mark.slow
+def test_runs_once_resumes_verifies_and_names_what_fails(corpus, tmp_path, monkeypatch):
+    """In processes, as a reader runs it; and it writes nothing but its own folder."""
+    before = {path: path.stat().st_mtime_ns for path in (ROOT / "results").iterdir()}
+    both = (Row("vanilla", "bert", published="a claim", x="0"),
+            Row("CS", "bert", "--attention clipped", x="1"))
+    settings, runs = dict(columns="cures", xlabel="alpha"), tmp_path / "runs"
+    monkeypatch.setitem(EXPERIMENTS, "quick", tiny(
+        corpus, *both, Row("broken", "bert", "--heads 5"), then="The end.", **settings))
+    command = "lab.reproduce", "quick", "--jobs", 2, "--runs", runs
+    out, err = run(*command, code=2)
+    assert "--heads 5 does not divide --width 32" in err
+    assert err.splitlines()[-1] == "error: failed, as said above: broken on bert"
+    assert "Failed: broken on bert." in out and "The end." in out and "| a claim |" in out
+    table = json.loads((runs / "results" / "quick.json").read_text())
+    vanilla, clipped = table["rows"]
+    assert vanilla["fp"]["mean"] > 1 and vanilla["quantized"]["4x4"]["calibrations"] > 0
+    assert vanilla["step_time"] == [1.0] * 40 and min(clipped["step_time"]) > 0
+    assert clipped["settings"]["gamma"] == -1 / 16 and clipped["ffn_output"]["share"]["std"] is None
+    assert (runs / "results" / "quick.md").read_text() in out
+    if importlib.util.find_spec("matplotlib"):
+        assert (runs / "results" / "quick-bert.png").read_bytes().startswith(b"\x89PNG")
+
+    monkeypatch.setitem(EXPERIMENTS, "quick", tiny(corpus, *both))
+    made = {path: path.stat().st_mtime_ns for path in runs.glob("bert-*/*")}
+    run(*command)
+    assert made == {path: path.stat().st_mtime_ns for path in runs.glob("bert-*/*")}
+    path = min(runs.glob("bert-*/checkpoint.pt"))
+    stopped = torch.load(path, weights_only=True) | {"step": 5}  # before its last step
+    torch.save(stopped, path)
+    run(*command)
+    assert torch.load(path, weights_only=True)["step"] == 6
+
+    monkeypatch.setattr(reproduce, "RECORDED", runs / "results")
+    found, = vanilla["weights_sha256"]
+    vanilla["weights_sha256"] = ["0" * 64]
+    (runs / "results" / "quick.json").write_text(json.dumps(table))
+    _, err = run(*command, "--verify", code=2)
+    assert f"vanilla has the weights 000000000000, not {found[:12]} (SHA-256)" in err
+    monkeypatch.setitem(EXPERIMENTS, "quick", tiny(corpus, Row("broken", "bert", "--heads 5")))
+    assert "all 1 runs failed" in run(*command, code=2)[1]
+    assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "results").iterdir()}
+
+
+@pytest.mark.slow
+def test_remedies_of_a_run_and_of_a_published_checkpoint(corpus, tmp_path, monkeypatch):
+    monkeypatch.setitem(EXPERIMENTS, "remedies", tiny(
+        corpus, Row("vanilla", "bert"), Row("theirs", "bert", source="somebody/theirs"),
+        columns="remedies"))
+    command = "lab.reproduce", "remedies", "--jobs", 1, "--runs", tmp_path
+    out, err = run(*command, code=2)
+    assert "checkpoint.pt: not there; python -m lab.convert somebody/theirs --out" in err
+    assert "**BERT, vanilla**" in out and "BERT, theirs" not in out
+    made, = tmp_path.glob("bert-*")
+    (tmp_path / "theirs").mkdir()
+    shutil.copy(made / "checkpoint.pt", tmp_path / "theirs")
+    run(*command)
+    ours, theirs = json.loads((tmp_path / "results" / "remedies.json").read_text())["rows"]
+    assert ours["remedies"] == theirs["remedies"] and "loss" not in theirs and theirs["metric"]
+    assert ours["remedies"][0]["quantized"]["8x8"]["all"] == ours["quantized"]["8x8"]["all"]
+
+
+@pytest.mark.slow
+def test_table8_times_every_attention_of_every_family(tmp_path, monkeypatch):
+    """With models so small that it takes seconds."""
+    size = dict(width=8, heads=2, ffn=8, layers=2, batch_size=2)
+    for family, (title, recipe) in bench.TASKS.items():
+        small = recipe | size | ({"seq_len": 8} if family != "vit" else {"image_size": 32})
+        monkeypatch.setitem(bench.TASKS, family, (title, small))
+    out, _ = run("lab.reproduce", "table8", "--steps", 2, "--runs", tmp_path)
+    rows = json.loads((tmp_path / "results" / "table8-2-steps.json").read_text())["rows"]
+    assert all(len(each["ratio"]["all"]) == 2 and each["ratio"]["mean"] > 0 for each in rows)
+    assert [each["ratio"]["mean"] for each in rows if each["label"] == "vanilla"] == [1, 1, 1]
+    assert "2 rounds in turns" in out and "| 119.1 |" in out and "--steps 2" in out

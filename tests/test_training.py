@@ -1,129 +1,176 @@
-"""Schedules, parameter groups, precision, evaluation."""
+"""Schedules, parameter groups, precision, evaluation; and every attention through the scripts."""
+import json
 import math
-import os
+import re
 
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils import parametrize
 
-from minq.errors import UserError
-from minq.model import Bert, BertConfig
+from lab.cures import ATTENTIONS, NORMS
+from minq.flags import UserError
+from minq.model import FAMILIES
+from minq.outliers import growth, watch
 from minq.quant import quantize_model
-from minq.training import (autocast, cosine_schedule, crowded, evaluate, exp, linear_schedule, parameter_groups, pick_device,
-                           seed_step)
-from running import train
+from minq.training import (autocast, cosine_schedule, evaluate, linear_schedule, mean_and_std,
+                           outlier_columns, parameter_groups, pick_device, pick_precision,
+                           seed_step, step_seed, with_std)
+from running import differences, logged, run, saved, stopped_at, train
+from running import small as options_of
+from small import inputs, small
+
+CPU = torch.device("cpu")
 
 
-def test_linear_schedule_rises_from_0_to_1_and_falls_to_0():
+def test_schedules_rise_and_fall_as_the_appendix_says():
     assert [linear_schedule(step, 10, 110) for step in (0, 5, 10, 60, 110)] == [0, 0.5, 1, 0.5, 0]
-    assert linear_schedule(0, 0, 10) == 1
-
-
-def test_cosine_schedule_is_the_papers_for_vit():
+    assert linear_schedule(0, 0, 10) == 1 and linear_schedule(5, 5, 5) == 0
     lr = [1e-3 * cosine_schedule(step, 20, 300) for step in (0, 10, 20, 160, 300)]
     assert lr == pytest.approx([1e-6, 5.005e-4, 1e-3, (1e-3 + 1e-5) / 2, 1e-5])
 
 
-def small(**settings):
-    torch.manual_seed(0)
-    return Bert(BertConfig(layers=2, width=32, heads=4, ffn=64, seq_len=12, **settings))
-
+# ---- what decays ----
 
 @pytest.mark.parametrize("decay_layernorm", [False, True])
-def test_biases_never_decay_and_gammas_only_when_asked(decay_layernorm):
-    model = small(attention="gated", gate="mlp")
+@pytest.mark.parametrize("norm", ["layernorm", "rms"])
+@pytest.mark.parametrize("shape", [(4,), (4, 1, 1), (4, 8)])
+def test_what_decays_and_what_is_quantized(shape, norm, decay_layernorm, monkeypatch):
+    """Matrices decay; biases and what a softmax holds never do, a norm's gain only when asked.
+    Gains are quantized, what a softmax holds is not."""
+    monkeypatch.setitem(NORMS, "rms", lambda c: nn.RMSNorm(c.width))
+    own = nn.Softmax(dim=-1)  # a student's
+    own.weight = nn.Parameter(torch.full(shape, 2.0))
+    monkeypatch.setitem(ATTENTIONS, "own", lambda c: ATTENTIONS["gated"](c)._replace(softmax=own))
+    model = small(attention="own", gate="mlp", norm=norm)
+    model.temperature = nn.Parameter(torch.ones(4, 1, 1))  # a number per head is no matrix
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, kept = ({names[id(p)] for p in group["params"]} for group in parameter_groups(model, 0.1, decay_layernorm))
-    gammas = {name for name in names.values() if "norm" in name and name.endswith("weight")}
+    decayed, kept = ({names[id(p)] for p in group["params"]}
+                     for group in parameter_groups(model, 0.1, decay_layernorm))
     assert decayed | kept == set(names.values()) and not decayed & kept
-    assert all("bias" not in name for name in decayed)
-    assert all("bias" in name or name in gammas for name in kept)
-    assert gammas <= (decayed if decay_layernorm else kept) and len(gammas) == 6
+    gains = {name for name in names.values() if "norm" in name and name.endswith("weight")}
+    free = {name for name in names.values() if re.search("bias|softmax|temperature", name)}
+    assert len(gains) == 6 and kept == free | (set() if decay_layernorm else gains)
+
+    modules = quantize_model(model).named_modules()
+    on_grid = {name for name, module in modules if hasattr(module, "weight_grid")}
+    assert {name.removesuffix(".weight") for name in gains} - on_grid == {"head.norm"}
+    assert not re.search(r"\.(softmax|gate)", " ".join(on_grid))
 
 
-def test_perplexity_is_of_all_predictions_not_a_mean_of_batches():
-    model = small()
-    tokens = torch.randint(256, (4, 12))
-    batches = [((tokens, torch.arange(2)), torch.tensor([1, 2])), ((tokens, torch.arange(30)), torch.arange(30))]
-    loss = torch.cat([F.cross_entropy(model.eval()(*inputs), targets, reduction="none") for inputs, targets in batches])
-    scores = evaluate(model.train(), batches, torch.device("cpu"))
-    assert scores["perplexity"] == pytest.approx(math.exp(loss.mean().item()), rel=1e-5)
-    assert model.training
+def test_without_a_gain_there_is_nothing_to_decay(monkeypatch):
+    monkeypatch.setitem(NORMS, "none", lambda c: nn.Identity())
+    with pytest.raises(UserError, match="no norm of this model has a gamma"):
+        parameter_groups(small(norm="none"), 0.1, decay_layernorm=True)
 
+
+# ---- randomness, device and precision ----
 
 def test_randomness_of_a_step_depends_on_seed_step_and_rank():
-    draw = lambda *key: seed_step(*key) or torch.rand(3)
-    assert torch.equal(draw(1, 5, 0), draw(1, 5, 0))
-    draws = [draw(*key) for key in ((1, 5, 0), (1, 6, 0), (2, 5, 0), (1, 5, 1))]
-    assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
+    keys = [(1, 5, 0), (1, 6, 0), (2, 5, 0), (1, 5, 1)]
+    draws = [seed_step(*key) or torch.rand(3) for key in keys + keys]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 4
+    assert len({step_seed(seed, step) for seed in range(9) for step in range(99)}) == 9 * 99
 
 
-@pytest.mark.parametrize("precision, dtype", [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("precision, dtype", [
+    ("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
 def test_autocast_multiplies_in_the_asked_precision(precision, dtype):
-    with autocast(torch.device("cpu"), precision):
-        assert torch.nn.Linear(4, 4)(torch.ones(1, 4)).dtype == dtype
+    with autocast(CPU, pick_precision(precision, CPU)):
+        assert nn.Linear(4, 4)(torch.ones(1, 4)).dtype == dtype
+    assert pick_precision(None, CPU) in ("fp32", "bf16")
 
 
-def test_an_unknown_device_is_named():
-    with pytest.raises(UserError, match="--device toaster"):
-        pick_device("toaster")
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="no CUDA device"):
-            pick_device("cuda")
+@pytest.mark.parametrize("name", ["toaster", "meta"] + ["cuda"] * (not torch.cuda.is_available()))
+def test_a_device_that_is_not_there_is_named(name):
+    with pytest.raises(UserError, match=f"--device {name}: "):
+        pick_device(name)
 
 
-def test_a_loss_that_is_not_a_number_stays_one():
+# ---- evaluation ----
+
+def test_perplexity_is_of_all_predictions_not_a_mean_of_batches():
+    model, tokens, positions = small().eval(), inputs(), (torch.arange(2), torch.arange(30))
+    logits = [model(tokens, p) for p in positions]
+    targets = [torch.where(p % 3 == 0, x.argmax(-1), p) for p, x in zip(positions, logits)]
+    scores = evaluate(model.train(), zip(zip((tokens, tokens), positions), targets), CPU)
+    logits, targets = torch.cat(logits), torch.cat(targets)
+    loss, right = F.cross_entropy(logits, targets).item(), (logits.argmax(-1) == targets).sum()
+    expected = pytest.approx([loss, math.exp(loss)], rel=1e-5)
+    assert [scores["loss"], scores["perplexity"]] == expected and model.training
+    assert scores["accuracy"] == pytest.approx(100 * right.item() / 32) and 11 <= right < 32
+
+
+@pytest.mark.parametrize("logit, perplexity", [
+    (math.nan, math.nan), (2.0, 1 + math.exp(2)), (2000.0, math.inf)])
+def test_a_loss_that_is_not_a_number_stays_one(logit, perplexity):
     """A NaN is no infinite perplexity, which is what the lab looks for."""
-    broken, tokens = small(), torch.randint(256, (2, 12))
-    broken.token_embedding.weight.data[0, 0] = torch.nan
-    scores = evaluate(broken.eval(), [((tokens.clamp(max=0),), tokens)], torch.device("cpu"))
-    assert math.isnan(scores["loss"]) and math.isnan(scores["perplexity"])
-    assert exp(1000.0) == math.inf and exp(2.0) == math.exp(2.0)
+    model = nn.Flatten(0, -2)
+    scores = evaluate(model, [((torch.tensor([[[0.0, logit]]]),), torch.tensor([0]))], CPU)
+    assert scores["perplexity"] == pytest.approx(perplexity, nan_ok=True)
 
 
-class RMSNorm(nn.Module):
-    """A student's norm in place of LayerNorm: a gain, no bias."""
-
-    def __init__(self, width, eps=1e-6):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return self.weight * x * (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
-
-
-@pytest.mark.parametrize("decay_layernorm", [False, True])
-def test_any_norms_gain_is_treated_as_layernorms(decay_layernorm, monkeypatch):
-    monkeypatch.setattr(nn, "LayerNorm", RMSNorm)
-    model = small(attention="gated", gate="mlp")
-    decayed, undecayed = parameter_groups(model, 0.1, decay_layernorm)
-    ids = {id(p) for p in decayed["params"]}
-    gains = [m.weight for m in model.modules() if isinstance(m, RMSNorm)]
-    assert len(gains) == 2 * 2 + 2 and all((id(gain) in ids) == decay_layernorm for gain in gains)
-    gate = model.layers[0].attention.gate
-    assert id(gate.weight1) in ids and id(gate.bias1) not in ids and id(gate.bias2) not in ids
-    assert id(model.layers[0].ffn_up.weight) in ids and id(model.layers[0].ffn_up.bias) not in ids
-    quantized = quantize_model(model)
-    norms = [m for m in quantized.modules() if isinstance(m, RMSNorm)]
-    assert [parametrize.is_parametrized(m, "weight") for m in norms] == [True] * 5 + [False]  # the last is the head's
+@pytest.mark.parametrize("values, mean, std, shown", [
+    ([4.5, 4.52, 4.54], 4.52, 0.02, "4.52 ±0.02"), ([3.0], 3.0, None, "3"),
+    ([1.0, math.nan], math.nan, math.nan, "nan ±nan")])
+def test_mean_and_deviation(values, mean, std, shown):
+    found = mean_and_std(values)
+    assert found["mean"] == pytest.approx(mean, nan_ok=True) and found["all"] == values
+    assert found["std"] == (std if std is None else pytest.approx(std, nan_ok=True))
+    assert with_std(found) == shown
 
 
-@pytest.mark.parametrize("threads, load, device, noted", [
-    (2, 4.0, "cpu", True),   # two trainings of two threads each, on two cores
-    (2, 2.1, "cpu", False),  # one, and a little beside it
-    (1, 9.0, "cpu", False),  # its one thread waits for nobody
-    (2, 9.0, "meta", False)])
-def test_a_crowded_machine_is_noted(monkeypatch, threads, load, device, noted):
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    note = crowded(torch.device(device))
-    assert bool(note) == noted and (not noted or "OMP_NUM_THREADS=1" in note)
+def test_outlier_columns_are_those_of_the_paper():
+    model = small("opt").eval()
+    with watch(model, ("ffn_output", *model.kurtosis_taps), growth) as outliers:
+        model(inputs("opt"))
+    found, mean = outlier_columns(model, outliers), outliers.mean["layer_output"]
+    largest = max(range(2), key=mean["max_over_sigma"].__getitem__)
+    for column in ("max_over_sigma", "share"):
+        assert found[column] == found["layer_output"][column] == mean[column][largest]
+    assert found["max_inf_norm"] == max(mean["inf_norm"])
+    assert found["avg_kurtosis"] == outliers.avg_kurtosis(*model.kurtosis_taps)
 
 
-def test_a_run_notes_it_once(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr("minq.runs.crowded", lambda device: "note: crowded")
-    _, err = train(corpus, tmp_path / "run", "--steps", "60", "--eval-every", "60")
-    assert err.count("note: crowded") == 1
+# ---- through the scripts ----
+
+EVERY = [f"--attention {name}" for name in ATTENTIONS if name != "row-clipped"] + [
+    "--attention clipped --gamma -0.03", "--attention gated --gate mlp", "--norm rmsnorm",
+    "--optimizer muon", "--fake-quant --w-bits 4 --fake-quant-granularity tensor"]
+SETTINGS = [*(pytest.param(family, options, marks=[pytest.mark.slow] * ((i + j) % 3 > 0))
+              for i, options in enumerate(EVERY) for j, family in enumerate(FAMILIES)),
+            ("opt", "--attention row-clipped --alpha 2"),
+            *(("opt", f"--attention {name} {option}")
+              for name in ("learned-sink", "softpick", "kv-bias", "qk-norm")
+              for option in ("--precision bf16", "--precision fp16", "--fake-quant"))]
+
+
+@pytest.mark.parametrize("family, options", SETTINGS)
+@pytest.mark.filterwarnings("error")
+def test_it_trains_and_quantizes(family, options, corpus, cifar, tmp_path):
+    command = options_of(f"train_{family}.py", corpus, cifar)
+    short = ["--steps", 3, "--layers", 1, "--eval-batches", 1, "--out", tmp_path / "run"]
+    run(*command, *short, *options.split())
+    last = logged(tmp_path / "run")[-1]
+    run("quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1, "--json", tmp_path / "json")
+    (row,) = json.loads((tmp_path / "json").read_text())
+    assert 2 < last["val_loss"] < 6 and row["fp"] == pytest.approx(last[f"float_{row['metric']}"])
+    assert row["quantized"]["8x8"]["mean"] == pytest.approx(row["fp"], rel=0.2)
+    settings = row["settings"] | {"attention": row["attention"]}
+    for name, default in dict(attention="vanilla", norm="layernorm", optimizer="adamw").items():
+        typed = re.search(f"--{name} (\\S+)", options)
+        assert settings[name] == (typed[1] if typed else default)
+    assert settings["fake_quant"] == ("--fake-quant" in options)
+
+
+@pytest.mark.parametrize("options", [
+    "--optimizer muon", "--optimizer muon --precision fp16",
+    "--attention qk-norm --norm rmsnorm --decay-layernorm"])  # queries and keys have gains
+def test_interrupted_and_resumed_equals_uninterrupted(options, corpus, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(corpus, whole, *options.split())
+    with stopped_at(3, monkeypatch):
+        train(corpus, stopped, *options.split(), "--save-every", 3)
+    assert saved(stopped)["step"] == 3
+    run("train_bert.py", "--resume", "--out", stopped)
+    assert not differences(whole, stopped)

@@ -1,14 +1,15 @@
 """zoo/: runs that open as they are, on every machine, and are what its page says."""
 import hashlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from lab.tables import read_log
 from minq.runs import open_run
-from minq.training import evaluate
-from running import run
+from running import logged, run, saved, train
 
 ZOO = Path(__file__).parent.parent / "zoo"
 PAGE = (ZOO / "README.md").read_text()
@@ -16,8 +17,10 @@ RUNS = sorted(path.parent.name for path in ZOO.glob("*/checkpoint.pt"))
 
 
 def test_the_page_names_each_run_with_its_hash():
-    assert RUNS and set(re.findall(r"^([0-9a-f]{64})  zoo/(\S+)/checkpoint.pt$", PAGE, re.MULTILINE)) == {
-        (hashlib.sha256((ZOO / name / "checkpoint.pt").read_bytes()).hexdigest(), name) for name in RUNS}
+    hashes = re.findall(r"^([0-9a-f]{64})  zoo/(\S+)/checkpoint.pt$", PAGE, re.MULTILINE)
+    assert RUNS and set(hashes) == {
+        (hashlib.sha256((ZOO / name / "checkpoint.pt").read_bytes()).hexdigest(), name)
+        for name in RUNS}
     assert {*re.findall(r"for name in (.*?);", PAGE)[0].split()} == set(RUNS)
 
 
@@ -26,12 +29,19 @@ def test_the_page_names_each_run_with_its_hash():
 def test_it_is_small_and_as_good_as_the_page_says(name):
     assert (ZOO / name / "checkpoint.pt").stat().st_size < 5e6
     opened = open_run(ZOO / name, torch.device("cpu"))
-    expected = float(re.search(rf"\| zoo/{name} \| \S+ . \| (\S+) ", PAGE).group(1))
-    assert evaluate(opened.model, opened.validation(), opened.device)["perplexity"] == pytest.approx(expected, rel=2e-3)
-    assert opened.checkpoint["step"] == opened.checkpoint["args"]["steps"]
+    expected = float(re.search(rf"\| zoo/{name} \| \S+ . \| (\S+) ", PAGE)[1])
+    assert opened.score(opened.model) == pytest.approx(expected, rel=2e-3)
+    steps = opened.checkpoint["args"]["steps"]
+    assert opened.checkpoint["step"] == steps == read_log(ZOO / name)[-1]["step"]
 
 
-def test_it_cannot_be_resumed():
-    script = f"train_{RUNS[0].split('-')[0]}.py"
-    _, err = run(script, "--resume", "--out", ZOO / RUNS[0], code=2)
-    assert "weights only" in err and err.count("\n") == 1
+@pytest.mark.slow
+def test_a_run_is_put_there(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(ZOO), *sys.path])
+    train(corpus, tmp_path / "run")
+    run("make", tmp_path / "run", tmp_path / "placed")
+    there, here = saved(tmp_path / "placed"), saved(tmp_path / "run")
+    assert "optimizer" not in there and {*there["model"]} == {*here["model"]}
+    assert {weight.dtype for weight in there["model"].values()} == {torch.float16}
+    assert logged(tmp_path / "placed") == logged(tmp_path / "run")
+    assert open_run(tmp_path / "placed", torch.device("cpu")).checkpoint["step"] == here["step"]

@@ -2,10 +2,10 @@
 
     echo '[["train_bert.py", ["--steps", "9", "--out", "runs/two"]]]' | python -m tests.two
 
-Prints each command's exit codes and output, as JSON. Each process is a fork of this one, which spares it the import
-of torch. A third entry is a signal that the second process alone gets as soon as the run has logged something.
+Prints each command's exit codes and output, as JSON. Each process is a fork of this one, which
+spares it the import of torch. A third entry is a signal that the second process alone gets as soon
+as the run has logged something.
 """
-import importlib
 import json
 import os
 import sys
@@ -15,21 +15,16 @@ from pathlib import Path
 
 from tests.kill import PATIENCE, Training
 
-
-def main():
-    with tempfile.TemporaryDirectory() as scratch:
-        for i, (script, argv, *signals) in enumerate(json.load(sys.stdin)):
-            log = Path(scratch, f"{i}.txt")
-            training = Training(importlib.import_module(script.removesuffix(".py")), 2, argv, log)
-            for number in signals:
-                metrics = Path(argv[argv.index("--out") + 1], "metrics.jsonl")
-                while not (metrics.exists() and metrics.stat().st_size):
-                    time.sleep(0.01)
-                os.kill(training.pids[1], number)
-            sent = time.monotonic()
-            codes = training.wait(PATIENCE if signals else 600)
-            print(json.dumps({"codes": codes, "output": log.read_text(), "seconds": time.monotonic() - sent}), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+with tempfile.TemporaryDirectory() as scratch:
+    for i, (script, argv, *signals) in enumerate(json.load(sys.stdin)):
+        log = Path(scratch, f"{i}.txt")
+        training = Training(script, 2, argv, log)
+        for number in signals:
+            metrics = Path(argv[argv.index("--out") + 1], "metrics.jsonl")
+            while training.running() and not (metrics.exists() and metrics.stat().st_size):
+                time.sleep(0.01)
+            os.kill(training.pids[1], number)
+        sent = time.monotonic()
+        codes = training.wait(PATIENCE if signals else 600)
+        print(json.dumps({"codes": codes, "output": log.read_text(),
+                          "seconds": time.monotonic() - sent}), flush=True)
