@@ -18,7 +18,7 @@ goes into the bias. So only the first sum is work, and it is exact: 3072 product
 far below 2^31.
 
 A block has four such Linears, and each has its tap, whose grid its input lies on (`pairs`). Where
-nothing but the Linear reads the tap, the Linear does the tap's rounding, too. What else is
+a tap goes straight into its Linear, the Linear does the tap's rounding, too. What else is
 quantized (embeddings, LayerNorm, attention's two products) computes with floats on the grid.
 
 The metric is the simulation's to three or four digits: float32 rounds its sums, integers need not,
@@ -100,19 +100,16 @@ class IntegerLinear(nn.Module):
 
 
 def pairs(model):
-    """(module, name of its Linear, module of its tap, name of that tap, whether nothing else reads
-    that tap), four per block."""
-    before = model, "embedding_norm_tap"  # post-LN: a layer's input, read by a residual sum, too
+    """(module, name of its Linear, module of its tap, name of that tap, does it go straight into the
+    Linear, so that nothing else can read it?), four per block."""
+    before = model, "embedding_norm_tap"  # post-LN: a layer's input is the output of the one before
     for block in model.layers:
-        attention = block.attention
-        alone = block.pre_norm and attention.gate is None  # a gate reads the Linears' input, too
-        into_attention, into_ffn = (block, "norm1_tap"), (block, "norm2_tap")
+        attention, into_attention, into_ffn = block.attention, (block, "norm1_tap"), "norm2_tap"
         if not block.pre_norm:
-            into_attention, into_ffn = before, (block, "norm1_tap")
-            before = block, "layer_output_tap"
-        yield attention, "qkv", *into_attention, alone
+            into_attention, into_ffn, before = before, "norm1_tap", (block, "layer_output_tap")
+        yield attention, "qkv", *into_attention, False
         yield attention, "proj", attention, "context_tap", True
-        yield block, "ffn_up", *into_ffn, block.pre_norm
+        yield block, "ffn_up", block, into_ffn, False
         yield block, "ffn_down", block, "ffn_hidden_tap", True
 
 
@@ -124,10 +121,10 @@ def to_integer(model):
     quantizer of another kind, a scale for part of a row, a module that is more than a Linear.
     """
     model = copy.deepcopy(model)
-    for parent, name, place, tap_name, alone in pairs(model):
+    for parent, name, place, tap_name, straight in pairs(model):
         linear, tap = getattr(parent, name), getattr(place, tap_name)
         setattr(parent, name, IntegerLinear(*checked(linear, tap, f"{name} behind {tap_name}")))
-        if alone:
+        if straight:
             setattr(place, tap_name, Tap())  # its Linear rounds
     return model.requires_grad_(False).eval()
 
