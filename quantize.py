@@ -11,7 +11,7 @@ from itertools import product
 
 from tqdm import tqdm
 
-import lab.cures  # more attentions: runs that have one open
+import lab.cures  # noqa: F401, more attentions: runs that have one open
 from minq import flags
 from minq.outliers import growth, watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, quantize_model

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.cures, lab.integer_training, lab.muon  # more names for --attention, --optimizer ...
+import lab.cures, lab.integer_training, lab.muon  # noqa: F401, names for --attention and others
 from minq import flags
 from minq.data import TEXTS, CausalText, load_text
 from minq.fake_quant import LINEARS, fake_quantize_training

@@ -93,7 +93,8 @@ def analyze(args):
     name, config, tap = run.name, run.model.config, run.model.norm_tap
     text, L, H = getattr(run.data, "text", None), config.layers, config.heads
     names = token_names(text) if text else [*map(str, range(config.seq_len))]
-    got = survey(run.model, run.validation(args.eval_batches or BATCHES), run.device, tap, text and len(names))
+    batches = run.validation(args.eval_batches or BATCHES)
+    got = survey(run.model, batches, run.device, tap, text and len(names))
     outliers, heads, carriers = (got[key] for key in ("outliers", "heads", "tokens_of_outliers"))
     settings = run.checkpoint["args"] | flags.attention_settings(config)
     print(f"{name}: {run.model.family}, {config.attention} attention, step {run.checkpoint['step']}"

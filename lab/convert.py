@@ -56,7 +56,7 @@ def main(argv=None):
     model = convert(folder, args.seq_len)
     is_vit, config = model.family == "vit", model.config
     if any([args.text, args.seq_len] if is_vit else [args.images]):
-        raise UserError(f"{folder}: a {model.family}; --images is for a ViT, the others not")
+        raise UserError(f"{folder}: {model.family}; --images is for a ViT, --text, --seq-len not")
     settings = vars(args) | dict(revision=revision, data=args.images or "shapes", seed=0, steps=0)
     checkpoint = {"format": "minq 1", "family": model.family, "config": vars(config), "step": 0,
                   "args": settings, "model": model.state_dict()}

@@ -100,8 +100,8 @@ class IntegerLinear(nn.Module):
 
 
 def pairs(model):
-    """(module, name of its Linear, module of its tap, name of that tap, does it go straight into the
-    Linear, so that nothing else can read it?), four per block."""
+    """(module, name of its Linear, module of its tap, name of that tap, does it go straight into
+    the Linear, so that nothing else can read it?), four per block."""
     before = model, "embedding_norm_tap"  # post-LN: a layer's input is the output of the one before
     for block in model.layers:
         attention, into_attention, into_ffn = block.attention, (block, "norm1_tap"), "norm2_tap"

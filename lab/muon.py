@@ -7,8 +7,8 @@ al. 2024) makes the step of a whole matrix orthogonal: all its directions move e
     M = 0.95 M + 0.05 G;   W -= lr * 0.2 sqrt(max(rows, columns)) * orthogonal(0.05 G + 0.95 M)
 
 `orthogonal` sets all singular values to about 1, by five Newton-Schulz iterations in bf16. The
-factor gives the step the root mean square of AdamW's (arXiv 2502.16982), so that both use the recipe's lr
-and weight decay.
+factor gives the step the root mean square of AdamW's (arXiv 2502.16982), so that both use the
+recipe's lr and weight decay.
 """
 import torch
 

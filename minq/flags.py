@@ -291,16 +291,20 @@ def writing(what):
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        raise UserError(f"{what}: cannot be written: {error.__context__ or error}") from None
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise UserError(f"{what}: cannot be written: {reason}") from None
 
 
 def write_atomically(path, content):
     """Write a text, or let `content` fill an opened file: at no moment is `path` half written, and
     a power cut leaves the old or the new one."""
     new = Path(f"{path}.new")
-    with writing(path):
-        with open(new, "wb") as file:
-            content(file) if callable(content) else file.write(content.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(new, path)
+    try:
+        with writing(path):
+            with open(new, "wb") as file:
+                content(file) if callable(content) else file.write(content.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(new, path)
+    finally:
+        new.unlink(missing_ok=True)

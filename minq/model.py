@@ -87,16 +87,13 @@ class ViTConfig(Config):
     norm_eps: float = 1e-6
     image_size: int = 32
     classes: int = 10
+    seq_len: int = 0  # T, which follows: [CLS] and the patches
 
     def __post_init__(self):
         if self.image_size % self.patch_size:
             raise UserError(f"--patch-size {self.patch_size} does not divide {self.image_size}")
+        self.seq_len = 1 + (self.image_size // self.patch_size) ** 2
         super().__post_init__()
-
-    @property
-    def seq_len(self):
-        """T: [CLS] and the patches"""
-        return 1 + (self.image_size // self.patch_size) ** 2
 
 
 # ---- the block ----

@@ -235,7 +235,7 @@ ARGS = {"in_chans": 3, "num_classes": 11, "global_pool": "token", "img_size": [3
 @pytest.mark.parametrize("heads, changed, pixels", [
     (4, {"pretrained_cfg": PIXELS, "model_args": {"num_heads": 4}}, PIXELS),
     (2, {"pretrained_cfg": PIXELS, "model_args": ARGS}, PIXELS),
-    (2, PIXELS, PIXELS), (2, {}, IMAGENET)])  # flat, as older files have it
+    (2, {"architecture": "deit_tiny_patch8_32"} | PIXELS, PIXELS), (2, {}, IMAGENET)])
 def test_timms_files(tmp_path, heads, changed, pixels):
     theirs = vit(hidden_size=128, num_attention_heads=heads, layer_norm_eps=1e-6)
     for p in theirs.vit.embeddings.parameters():
@@ -267,7 +267,7 @@ def test_a_run_opens_and_quantizes(published, tmp_path, corpus, cifar, kind):
     assert ("lab.damage" if kind == "encoder" else "quantize.py") in printed
     (tmp_path / "run").rename(tmp_path / "moved")
     opened = open_run(tmp_path / "moved", CPU)
-    assert "optimizer" not in opened.checkpoint and opened.checkpoint["step"] == 0
+    assert (opened.checkpoint["args"].get("mask_prob") == 0) == (kind == "encoder")
     quantized = quantize_model(opened.model, 8, 8)
     opened.calibrate(quantized, seed=0, batches=2)
     inputs, _ = next(opened.validation())
@@ -358,9 +358,9 @@ REFUSED = {"masked": [
     (config(max_position_embeddings=22), "20 positions, config.json 22"),  # as if none were unused
     (put("lm_head.weight", torch.zeros(300, 48)), "values of its own")],
     "vit": [
-    (config(image_size=40), "size mismatch"), (config(image_size=30), "does not divide"),
-    (drop("classifier.bias"), "no 'classifier.bias'"),
-    (put("vit.embeddings.cls_token", torch.zeros(2, 1, 48)), "size mismatch"),
+    (config(image_size=40), "size mismatch"), (drop("classifier.bias"), "no 'classifier.bias'"),
+    (weights(lambda state: {key: x[:9] if "classifier" in key else x for key, x in state.items()}),
+     "classes 9, the data 10"),
     (lambda folder: write(folder, "preprocessor_config.json", {"rescale_factor": 1}), "is 1;")]}
 
 
@@ -375,10 +375,10 @@ def test_what_is_not_one_of_these_models(hub, tmp_path, corpus, cifar, kind, cha
 
 
 @pytest.mark.parametrize("changed, tensors, reason", [
-    ({"model_args": {}}, {}, "num_heads"), ({"model_args": {"act_layer": "relu"}}, {}, "act_layer"),
-    ({"model_args": {"img_size": [16, 64]}}, {}, "square"), ({"global_pool": "avg"}, {}, "'avg'"),
+    ({"model_args": {}}, {"norm.bias": torch.zeros(1280)}, "num_heads"),  # ViT-H's are 80 wide
+    ({"model_args": {"act_layer": "relu"}}, {}, "act_layer"), ({"global_pool": "avg"}, {}, "'avg'"),
+    ({"model_args": {"img_size": [16, 64]}}, {}, "square"), ({}, {"reg": torch.ones(1)}, '"reg"'),
     ({"architecture": "vit_base_patch16_rope_224"}, {}, "plain"),
-    ({}, {"blocks.1.ls1.gamma": torch.zeros(48)}, "ls1.gamma"),
     ({}, {"patch_embed.proj.weight": torch.zeros(48, 3, 4, 16)}, "size mismatch")])
 def test_timms_other_models(tmp_path, changed, tensors, reason):
     folder = publish_timm(tmp_path, vit(), tensors, **{"model_args": {"num_heads": 4}} | changed)
@@ -387,7 +387,7 @@ def test_timms_other_models(tmp_path, changed, tensors, reason):
 
 
 @pytest.mark.parametrize("kind, words, reason", [
-    ("masked", ("--images", "shapes"), "--images is for a ViT"), ("vit", ("--seq-len", 8), "a vit"),
+    ("masked", ("--images", "shapes"), "--images is for a ViT"), ("vit", ("--seq-len", 8), ": vit"),
     ("masked", ("--seq-len", 21), "--seq-len 21"), ("opt", ("--text", "none"), "--text "),
     ("vit", ("--images", "none"), "--images ")])
 def test_flags_that_do_not_fit(published, tmp_path, kind, words, reason):

@@ -124,17 +124,19 @@ def cache(tmp_path, monkeypatch):
 TEXT = b"<mediawiki>[[an article]]" * 1000
 
 
-@pytest.mark.parametrize("wrong", [b"", TEXT, "half", "absent"], ids=str)
+@pytest.mark.parametrize("wrong", ["another", "half", "absent", "empty"])
 def test_a_wrong_download_is_not_kept_and_the_next_command_succeeds(tmp_path, cache, monkeypatch,
                                                                     wrong):
     path = tmp_path / "packed.zip"
     url, digest = packed(path, lambda archive: archive.writestr("enwik8", TEXT))
     right = path.read_bytes()
     monkeypatch.setattr(data, "ENWIK8", (url, digest))
-    if wrong == "absent":
+    if wrong == "another":
+        packed(path, lambda archive: archive.writestr("enwik8", TEXT[1:]))
+    elif wrong == "absent":
         path.unlink()
     else:
-        path.write_bytes(right[:len(right) // 2] if wrong == "half" else wrong)
+        path.write_bytes(right[:len(right) // 2] if wrong == "half" else b"")
     _, err = run("train_bert.py", "--data", "enwik8", "--out", tmp_path / "run", code=2)
     line = last_line(err)
     assert line.startswith("error: --data enwik8: ") and url in line and str(cache) in line

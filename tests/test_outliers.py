@@ -69,8 +69,8 @@ def test_the_share_saturates_and_max_over_sigma_does_not(M, noise, share):
 
 # ---- watching a model ----
 
-POOLS = {  # the tensors whose kurtosis the authors' code averages
-    "bert": ("ffn_output", "layer_output"), "vit": ("ffn_output", "layer_output"),
+POOLS = {  # the tensors whose kurtosis the authors' code averages; the norm is the first one's
+    "bert": ("ffn_output", "layer_output"), "vit": ("layer_output", "ffn_output"),
     "opt": ("layer_output", "ffn_output", "attention.attention_output", "norm1", "norm2")}
 
 
@@ -83,7 +83,7 @@ def test_watch_averages_over_samples_then_over_the_authors_tensors(family):
             lambda module, args, out, name=name: seen.update({name: out}))
     model(x)
     kurtoses = [kurtosis(out).mean().item() for out in seen.values()]
-    norms = [inf_norm(seen[f"layers.{i}.{model.norm_tap}_tap"]).mean().item() for i in range(3)]
+    norms = [inf_norm(seen[name]).mean().item() for name in names[:3]]
     with watch(model, ("ffn_output", *model.kurtosis_taps)) as outliers:
         for part in (x[:1], x[1:]):
             model(part)

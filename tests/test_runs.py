@@ -15,7 +15,8 @@ CPU = torch.device("cpu")
 
 
 def test_an_opened_run_is_what_was_trained(corpus, tmp_path):
-    train(corpus, tmp_path / "run", "--attention", "gated", "--gate", "mlp", "--gate-hidden", 3)
+    train(corpus, tmp_path / "run", "--attention", "gated", "--gate", "mlp", "--gate-hidden", 3,
+          "--dropout", 0.1)
     opened, last = open_run(tmp_path / "run", CPU), logged(tmp_path / "run")[-1]
     assert opened.score(opened.model) == last["perplexity"] == last["float_perplexity"]
     assert same(dict(opened.model.state_dict()), dict(saved(tmp_path / "run")["model"]))
