@@ -6,17 +6,17 @@
     python -m lab.damage runs/bert-vanilla-s0              which tensor does it; lab/ has more
 """
 import json
-import math
 from itertools import product
 
 from tqdm import tqdm
 
 import lab.cures  # noqa: F401, more attentions: runs that have one open
+from lab.tables import markdown, mean_and_std, nan_last, outlier_columns, with_std
 from minq import flags
 from minq.outliers import growth, watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, quantize_model
 from minq.runs import open_run
-from minq.training import mean_and_std, outlier_columns, pick_device, with_std
+from minq.training import pick_device
 
 METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑"}
 SETTINGS = ("norm", "optimizer", "decay_layernorm", "patch_layernorm", "fake_quant", "seq_len",
@@ -55,7 +55,7 @@ def main(argv=None):
     # ---- report ----
     if args.json:
         flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
-    print(flags.markdown([in_words(row) for row in rows], words=2))
+    print(markdown([in_words(row) for row in rows], words=2))
 
 
 def best_of(run, w_bits, a_bits, pairs, args, progress):
@@ -70,7 +70,7 @@ def best_of(run, w_bits, a_bits, pairs, args, progress):
             progress.update()
         tried.append(mean_and_std(values) | {"estimators": f"{w} weights, {a} activations"})
     sign = 1 if run.model.metric == "perplexity" else -1  # of "smaller is better"
-    best = min(tried, key=lambda x: math.inf if math.isnan(x["mean"]) else sign * x["mean"])
+    best = min(tried, key=lambda x: nan_last(sign * x["mean"]))
     for x in tried if args.best else ():
         progress.write(f"{run.name} W{w_bits}A{a_bits}, {x['estimators']}: {with_std(x)}"
                        + " <- best" * (x is best))

@@ -23,7 +23,7 @@ import torch
 import lab.cures  # noqa: F401, runs with such an attention open
 from lab.survey import (OUTLIER_TAPS, group_shares, on_patches, outlier_patches, record, survey,
                         token_groups, token_names, worst_dimension)
-from lab.tables import read_log
+from lab.tables import markdown, read_log
 from minq import flags
 from minq.quant import affine_parameters, value_range
 from minq.runs import open_run
@@ -74,7 +74,7 @@ def main(argv=None):
 def table(title, rows):
     """Print rows, dicts of words and numbers."""
     cell = lambda x: f"{x:.3g}" if isinstance(x, (float, np.floating)) else str(x)
-    print(f"\n{title}\n\n{flags.markdown([{k: cell(x) for k, x in row.items()} for row in rows])}")
+    print(f"\n{title}\n\n{markdown([{k: cell(x) for k, x in row.items()} for row in rows])}")
 
 
 def opened(args, name, family=None):

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import lab.cures  # noqa: F401, runs with such an attention open
+from lab.tables import markdown
 from minq import flags
 from minq.outliers import growth, listening, watch
 from minq.quant import ActivationQuantizer, quantize_model
@@ -119,7 +120,7 @@ def damage(run, bits=8, batches=16, eval_batches=None, layers=False):
 def print_tables(row):
     """Kinds of tensors; if layers were measured, a row for each tap and a column for each layer."""
     metric, sqnr = METRICS[row["metric"]], METRICS["sqnr"]  # an encoder has one column for both
-    print(f"\n{row['run']}\n\n" + flags.markdown([
+    print(f"\n{row['run']}\n\n" + markdown([
         {f"only this in {row['bits']} bits": x["tap"], metric: f"{x['metric']:.4g}",
          sqnr: f"{x['sqnr']:.1f}"} for x in row["kinds"]]))
     tables = {"max / sigma (share of its token's energy)": "{M:.1f} ({share:.2f})",
@@ -130,7 +131,7 @@ def print_tables(row):
             grown = zip(row["growth"][tap]["max_over_sigma"], row["growth"][tap]["share"], layers)
             lines.append({"tap": tap} | {f"layer {i}": cell.format(M=M, share=share, **x)
                                          for i, (M, share, x) in enumerate(grown, 1)})
-        print(f"\n{title}, tensor by tensor\n\n{flags.markdown(lines)}")
+        print(f"\n{title}, tensor by tensor\n\n{markdown(lines)}")
 
 
 @flags.one_line_errors

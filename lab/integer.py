@@ -35,6 +35,7 @@ import torch.nn.functional as F
 
 import lab.cures  # noqa: F401, runs with such an attention open
 from lab.damage import last_states, scores
+from lab.tables import markdown
 from lab.timing import in_turns
 from minq import flags
 from minq.attention import Tap
@@ -172,7 +173,7 @@ def main(argv=None):
             "bytes_fp32": sum(x.nbytes for x in run.model.parameters()), **speedups(run, model)})
     if args.json:
         flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
-    print(flags.markdown([{
+    print(markdown([{
         "run": row["run"], "simulated": f"{row['simulated']:.4g}",
         "on integers": f"{row['integer']:.4g}",
         "MB (fp32)": f"{row['bytes'] / 1e6:.3g} ({row['bytes_fp32'] / 1e6:.3g})",

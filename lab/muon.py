@@ -47,7 +47,9 @@ class MuonAndAdamW(torch.optim.AdamW):
         for group in (group for group in self.param_groups if "parts" in group):
             (W,) = group["params"]
             if W.grad is not None:
-                M = self.state[W].setdefault("momentum", torch.zeros_like(W))
+                state = self.state[W]
+                state.setdefault("step", torch.zeros(()))  # AdamW looks for it in all it loads
+                M = state.setdefault("momentum", torch.zeros_like(W))
                 M.lerp_(W.grad, 0.05)
                 W.mul_(1 - group["lr"] * group["weight_decay"])
                 for w, g, m in zip(*(x.chunk(group["parts"]) for x in (W, W.grad, M))):

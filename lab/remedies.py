@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 import lab.cures  # noqa: F401, runs with such an attention open
 from lab.damage import last_states, scores
-from lab.tables import remedy_columns
+from lab.tables import markdown, mean_and_std, remedy_columns
 from minq import flags
 from minq.fake_quant import token_range
 from minq.outliers import listening
 from minq.quant import (A_ESTIMATORS, ActivationQuantizer, affine_parameters, fake_quantize,
                         quantize_model)
 from minq.runs import open_run
-from minq.training import mean_and_std, pick_device
+from minq.training import pick_device
 
 
 # ---- other quantizers ----
@@ -260,7 +260,7 @@ def main(argv=None):
         table = [remedy_columns(rows[-1], remedy) for remedy in rows[-1]["remedies"]]
         fp = "an encoder" if run.model.metric == "sqnr" else (
             f"{run.model.metric} {run.score(run.model, args.eval_batches):.4g} in floating point")
-        print(f"\n{run.name}: {fp}\n\n{flags.markdown(table)}")
+        print(f"\n{run.name}: {fp}\n\n{markdown(table)}")
     if args.json:
         flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
 

@@ -25,7 +25,7 @@ from lab import tables
 from lab.experiments import EXPERIMENTS, QUANTIZE, RECIPES
 from minq import flags
 from minq.runs import load_checkpoint
-from minq.training import mean_and_std, pick_device, pick_precision
+from minq.training import pick_device, pick_precision
 
 ROOT = Path(__file__).parent.parent
 RECORDED = ROOT / "results"
@@ -252,8 +252,8 @@ def time_rows(experiment, args):
     args.precision = pick_precision(None, args.device)
     seconds = {family: bench.method_seconds(family, 0.0, args) for family in bench.TASKS}
     return [vars(row) | {
-        "seconds": mean_and_std(seconds[row.family][row.label]), "precision": args.precision,
-        "ratio": mean_and_std(ratios(seconds[row.family], row.label)), "commands": [TIMING],
+        "seconds": tables.mean_and_std(seconds[row.family][row.label]), "precision": args.precision,
+        "ratio": tables.mean_and_std(ratios(seconds[row.family], row.label)), "commands": [TIMING],
     } for row in experiment.rows]
 
 

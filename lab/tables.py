@@ -10,8 +10,9 @@ import re
 import statistics
 from pathlib import Path
 
-from minq import training
-from minq.flags import UserError, markdown
+import torch
+
+from minq.flags import UserError
 
 METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑"}
 LOST, BITS = "bits at which 20% are lost", "bits at which 20% (ViT: 5 points) are lost"
@@ -31,6 +32,13 @@ def read_log(folder):
 
 # ---- means and deviations ----
 
+def mean_and_std(values):
+    """Mean and sample standard deviation, which a single value has not; NaN stays NaN."""
+    x = torch.tensor(values, dtype=torch.float64)
+    std = x.std().item() if len(values) > 1 else None
+    return {"mean": x.mean().item(), "std": std, "all": values}
+
+
 def over_seeds(found):
     """One of what each training seed has found: the numbers in it become mean and deviation."""
     first = found[0]
@@ -44,12 +52,14 @@ def over_seeds(found):
         return [over_seeds(each) for each in zip(*found)]
     if isinstance(first, str):
         return "; ".join(dict.fromkeys(found))
-    return None if first is None else training.mean_and_std(found)
+    return None if first is None else mean_and_std(found)
 
 
 def with_std(found, digits=4):
-    std = found.get("calibrations")
-    return training.with_std(found, digits) + ("" if std is None else f" ({std:.2g})")
+    """4.52 ±0.01, or 4.52 ±0.01 (0.002)"""
+    std, calibrations = found["std"], found.get("calibrations")
+    return (f"{found['mean']:.{digits}g}" + ("" if std is None else f" ±{std:.2g}")
+            + ("" if calibrations is None else f" ({calibrations:.2g})"))
 
 
 def better_rates(rows):
@@ -106,6 +116,20 @@ def where_passed(row):
 
 
 # ---- columns: what a table shows of a row of results ----
+
+def outlier_columns(model, outliers):
+    """What tables show of a model's outliers: the paper's two columns, M / sigma where it is
+    largest with its share (outliers.growth), and the same of each tap."""
+    mean = outliers.mean
+
+    def columns(tap, *kurtosis_taps):
+        height, share = max(zip(mean[tap]["max_over_sigma"], mean[tap]["share"]))
+        return {"max_inf_norm": max(mean[tap]["inf_norm"]), "max_over_sigma": height,
+                "avg_kurtosis": outliers.avg_kurtosis(*kurtosis_taps), "share": share}
+
+    whole = columns(model.norm_tap, *model.kurtosis_taps)
+    return whole | {tap: columns(tap, tap) for tap in mean}
+
 
 def four(row):
     """The paper's four."""
@@ -175,6 +199,13 @@ def remedy_columns(row, remedy):
 
 
 # ---- tables ----
+
+def markdown(rows, words=1):
+    """Rows, dicts with the same keys, as a table; its first `words` columns hold words."""
+    lines = ["| " + " | ".join(line) + " |" for line in (rows[0], *(row.values() for row in rows))]
+    lines.insert(1, "|" + "---|" * words + "---:|" * (len(rows[0]) - words))
+    return "\n".join(lines)
+
 
 def rendered(table):
     """The results of an experiment in Markdown."""

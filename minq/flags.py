@@ -271,13 +271,6 @@ def add_run_flags(parser, batches=16, seeds=3):
     add("--json", type=new_file, metavar="FILE", help="write the numbers there, too")
 
 
-def markdown(rows, words=1):
-    """Rows, dicts with the same keys, as a table; its first `words` columns hold words."""
-    lines = ["| " + " | ".join(line) + " |" for line in (rows[0], *(row.values() for row in rows))]
-    lines.insert(1, "|" + "---|" * words + "---:|" * (len(rows[0]) - words))
-    return "\n".join(lines)
-
-
 def command(script, *words):
     """A command to be copied, quoted for the shell."""
     return shlex.join(("python", script, *map(str, words)))

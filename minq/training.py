@@ -198,30 +198,3 @@ def evaluate(model, batches, device):
     loss, accuracy = loss / count, 100 * correct / count
     perplexity = math.inf if loss > 709 else math.exp(loss)  # beyond, exp is an error
     return {"loss": loss, "perplexity": perplexity, "accuracy": accuracy}
-
-
-def mean_and_std(values):
-    """Mean and sample standard deviation, which a single value has not; NaN stays NaN."""
-    x = torch.tensor(values, dtype=torch.float64)
-    std = x.std().item() if len(values) > 1 else None
-    return {"mean": x.mean().item(), "std": std, "all": values}
-
-
-def with_std(found, digits=4):
-    """4.52 ±0.01"""
-    std = "" if found["std"] is None else f" ±{found['std']:.2g}"
-    return f"{found['mean']:.{digits}g}{std}"
-
-
-def outlier_columns(model, outliers):
-    """What tables show of a model's outliers: the paper's two columns, M / sigma where it is
-    largest with its share (outliers.growth), and the same of each tap."""
-    mean = outliers.mean
-
-    def columns(tap, *kurtosis_taps):
-        height, share = max(zip(mean[tap]["max_over_sigma"], mean[tap]["share"]))
-        return {"max_inf_norm": max(mean[tap]["inf_norm"]), "max_over_sigma": height,
-                "avg_kurtosis": outliers.avg_kurtosis(*kurtosis_taps), "share": share}
-
-    whole = columns(model.norm_tap, *model.kurtosis_taps)
-    return whole | {tap: columns(tap, tap) for tap in mean}

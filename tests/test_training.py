@@ -13,9 +13,9 @@ from minq.flags import UserError
 from minq.model import FAMILIES
 from minq.outliers import growth, watch
 from minq.quant import quantize_model
-from minq.training import (autocast, cosine_schedule, evaluate, linear_schedule, mean_and_std,
-                           outlier_columns, parameter_groups, pick_device, pick_precision,
-                           seed_step, step_seed, with_std)
+from lab.tables import mean_and_std, outlier_columns, with_std
+from minq.training import (autocast, cosine_schedule, evaluate, linear_schedule, parameter_groups,
+                           pick_device, pick_precision, seed_step, step_seed)
 from running import differences, logged, run, saved, stopped_at, train
 from running import small as options_of
 from small import inputs, small
