@@ -32,7 +32,10 @@ def one_line_errors(main):
             return main(argv)
         except UserError as error:
             line = str(error)
-        except (MemoryError, torch.OutOfMemoryError) as error:
+        except (MemoryError, RuntimeError) as error:
+            lacks = "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError)
+            if not lacks and not isinstance(error, MemoryError):
+                raise
             line = f"out of memory: {error}; make --batch-size, --seq-len or the model smaller"
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)

@@ -156,7 +156,7 @@ class ActivationQuantizer(nn.Module):
 
     def __init__(self, n_bits=8, estimator="running"):
         super().__init__()
-        self.n_bits, self.range, self.estimating = n_bits, A_ESTIMATORS[estimator](), False
+        self.n_bits, self.range, self.estimating = n_bits, A_ESTIMATORS[estimator](), 0
         self.register_buffer("scale", torch.tensor(torch.nan))  # NaN until calibrated
         self.register_buffer("zero_point", torch.tensor(torch.nan))
 
@@ -211,13 +211,13 @@ def calibrating(model):
     """
     taps = {name: m for name, m in model.named_modules() if isinstance(m, ActivationQuantizer)}
     for tap in taps.values():
-        tap.estimating = True
+        tap.estimating += 1  # a calibration may stand in another
     try:
         with torch.no_grad():
             yield
     finally:
         for tap in taps.values():
-            tap.estimating = False
+            tap.estimating -= 1
     # what is infinite spoils what comes after it: name the cause, not a NaN behind it
     for name, tap in sorted(taps.items(), key=lambda tap: bool(tap[1].scale.isnan().any())):
         if tap.range.low is None:

@@ -57,7 +57,8 @@ def test_ruff_finds_nothing():
 def test_no_line_is_longer_than_100_columns_and_no_file_than_250_lines_of_code():
     long = [f"{path.relative_to(ROOT)}:{i}" for path in FILES
             for i, line in enumerate(path.read_text().splitlines(), 1) if len(line) > 100]
-    long += [str(path.relative_to(ROOT)) for path in FILES if code_lines(path.read_text()) > 250]
+    long += [str(path) for path in FILES if code_lines(path.read_text()) > 250
+             and path.parent.name != "tests"]
     assert not long
 
 
