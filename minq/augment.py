@@ -53,9 +53,8 @@ class Draws:
     """
 
     def __init__(self, seed, device="cpu", places=None, size=None):
-        self.generator = torch.Generator(device).manual_seed(seed)
         self.places, self.size = places, size
-        self.source = {"generator": self.generator, "device": device}
+        self.source = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
 
     def one(self):
         return torch.rand((), **self.source).item()
@@ -74,8 +73,8 @@ class Draws:
 
     def beta(self, alpha):
         """One draw from Beta(alpha, alpha), as the share of one of two gamma draws."""
-        shape = torch.full((2,), alpha, dtype=torch.float64, device=self.generator.device)
-        a, b = torch._standard_gamma(shape, generator=self.generator).tolist()
+        shape = torch.full((2,), alpha, dtype=torch.float64, device=self.source["device"])
+        a, b = torch._standard_gamma(shape, generator=self.source["generator"]).tolist()
         return a / (a + b)
 
     def part(self, numbers):
@@ -91,9 +90,8 @@ def per_image(values):
 
 def random_resized_crop(images, size, scale, ratio, draws):
     """Cut a random box out of each image and resize it to size x size, bilinear or bicubic."""
-    B, _, H, W = images.shape
-    boxes = draw_boxes(B, H, W, scale, ratio, draws)
-    return crop_and_resize(images, boxes, size, bicubic=draws.uniform(B) < 0.5)
+    boxes = draw_boxes(len(images), *images.shape[-2:], scale, ratio, draws)
+    return crop_and_resize(images, boxes, size, bicubic=draws.uniform(len(images)) < 0.5)
 
 
 def draw_boxes(n, height, width, scale, ratio, draws):
@@ -141,9 +139,8 @@ def resize_matrix(start, length, full, size, bicubic):
     """
     start, length, bicubic = (x[:, None, None] for x in (start, length, bicubic))
     scale = length / size
-    row = torch.arange(size, device=start.device)[:, None]
-    centre = start + (row + 0.5) * scale  # (B, size, 1)
-    pixel = torch.arange(full, device=start.device) + 0.5  # (full)
+    row, pixel = (torch.arange(n, device=start.device) + 0.5 for n in (size, full))
+    centre = start + row[:, None] * scale  # (B, size, 1)
     t = ((pixel - centre) / scale.clamp(min=1.0)).abs().clamp(max=2.0)
     cubic = torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2)
     weight = torch.where(bicubic, cubic, (1 - t).clamp(min=0.0))
@@ -153,8 +150,7 @@ def resize_matrix(start, length, full, size, bicubic):
 
 def random_flip(images, probability, draws):
     """Mirror each image, left for right, with the given probability."""
-    flipped = draws.uniform(len(images)) < probability
-    return torch.where(per_image(flipped), images.flip(-1), images)
+    return torch.where(per_image(draws.uniform(len(images)) < probability), images.flip(-1), images)
 
 
 def centre_crop(images, size):
@@ -220,8 +216,7 @@ def equalize(x):
     step = (levels.shape[2] - brightest) // 255  # pixels per new level, the brightest left out
     below = count.cumsum(dim=2) - count
     table = ((step // 2 + below) // step.clamp(min=1)).clamp(max=255)
-    equalized = table.gather(2, levels).view_as(x) / 255
-    return torch.where(step.unsqueeze(-1) > 0, equalized, x)
+    return torch.where(step[..., None] > 0, table.gather(2, levels).view_as(x) / 255, x)
 
 
 def posterize(x, bits):
@@ -242,10 +237,8 @@ def solarize_add(x, addend):
 
 def colour_jitter(images, strength, draws):
     """Brightness, contrast and saturation, in random order, by a factor in 1 +- strength each."""
-    if not strength:
-        return images
     jitters = (brightness, contrast, saturation)
-    for i in draws.order(3):
+    for i in draws.order(3) if strength else ():
         images = jitters[i](images, 1 + strength * (2 * draws.uniform(len(images)) - 1))
     return images
 
@@ -258,9 +251,7 @@ def warp(x, xx=1.0, xy=0.0, dx=0.0, yx=0.0, yy=1.0, dy=0.0):
     Outside the input it is grey, 128 of 255 (timm: the mean of the data). Bilinear (timm: bilinear
     or bicubic at random).
     """
-    matrix = x.new_empty(len(x), 6)
-    for i, entry in enumerate((xx, xy, dx, yx, yy, dy)):
-        matrix[:, i] = entry
+    matrix = torch.stack([x.new_zeros(len(x)) + a for a in (xx, xy, dx, yx, yy, dy)], dim=1)
     grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)  # (n, S, S, 2)
     outside = (grid.abs() > 1).any(dim=-1).unsqueeze(1)
     warped = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
@@ -306,8 +297,7 @@ def randomly_augmented(images, layers, magnitude, draws):
     for _ in range(layers):
         op = draws.integer(len(OPS), B)
         op[draws.uniform(B) < 0.5] = -1
-        noise = draws.normal(B)
-        m = ((magnitude + 0.5 * noise) / 10).clamp(0.0, 1.0)
+        m = ((magnitude + 0.5 * draws.normal(B)) / 10).clamp(0.0, 1.0)
         images = apply_ops(images, op, torch.where(draws.uniform(B) < 0.5, m, -m))
     return images
 
@@ -316,8 +306,7 @@ def apply_ops(images, op, signed):
     """Image i undergoes operation op[i] of OPS (-1: none) at magnitude 10 * |signed[i]|."""
     images = images.clone()
     for k, function in enumerate(OPS.values()):
-        chosen = (op == k).nonzero()[:, 0]
-        if len(chosen):
+        if len(chosen := (op == k).nonzero()[:, 0]):
             s = signed[chosen]
             images[chosen] = function(images[chosen], s.abs(), s)
     return images

@@ -9,8 +9,8 @@ import os
 import shutil
 import sysconfig
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,6 @@ from minq.flags import UserError
 
 IGNORE = -100            # a label that is not predicted (cross_entropy's default)
 VALIDATION_SHARE = 0.1   # the last tenth of a text; of an array of images a tenth
-SPECIALS = ("pad", "cls", "sep", "mask")
 BYTES = 256
 BACKCOPY_SYMBOLS = 64
 ENWIK8 = ("http://mattmahoney.net/dc/enwik8.zip",  # 100 MB of Wikipedia
@@ -28,8 +27,7 @@ ENWIK8 = ("http://mattmahoney.net/dc/enwik8.zip",  # 100 MB of Wikipedia
 
 # ---- corpora ----
 
-@dataclass
-class Text:
+class Text(NamedTuple):
     """A corpus: `tokens` (uint8 or uint16), whether they are bytes or else (if known) the words
     that they stand for, the size of its vocabulary with specials, and the specials' ids."""
     tokens: np.ndarray
@@ -69,7 +67,7 @@ def load_text(source, vocab_size=None, special_ids=None):
         raise UserError(f"--data {source}: {error}; built in: {', '.join(TEXTS)}") from None
     if tokens.size and (most := tokens.max()) >= vocab_size:
         raise UserError(f"--data {source}: holds token {most}; --vocab-size is {vocab_size}")
-    ids = special_ids or range(vocab_size, vocab_size + len(SPECIALS))
+    ids = special_ids or range(vocab_size, vocab_size + 4)
     return Text(tokens, not is_bin and vocab_size == BYTES, words, max(vocab_size, max(ids) + 1),
                 *ids, sha256=hashlib.sha256(tokens).hexdigest())
 
@@ -115,9 +113,7 @@ def bigram_backcopy(chains=16_384, length=256, triggers=3, seed=0):
     """
     source = as_bytes(stdlib_source())
     by_frequency = np.argsort(-np.bincount(source, minlength=256), kind="stable")
-    symbol = np.empty(256, dtype=np.uint8)
-    symbol[by_frequency] = np.arange(256)
-    symbols = symbol[source]
+    symbols = np.argsort(by_frequency).astype(np.uint8)[source]  # each byte's rank
     symbols = symbols[symbols < BACKCOPY_SYMBOLS].astype(np.int64)
     pairs = np.bincount(symbols[:-1] * BACKCOPY_SYMBOLS + symbols[1:],
                         minlength=BACKCOPY_SYMBOLS ** 2).reshape(BACKCOPY_SYMBOLS, -1)
@@ -202,8 +198,7 @@ class MaskedText(Windows):
 
     def __init__(self, text, seq_len, mask_prob=0.15):
         super().__init__(text, seq_len, window=seq_len - 2)
-        self.mask_prob = mask_prob
-        self.specials = (text.pad, text.cls, text.sep, text.mask)
+        self.mask_prob, self.specials = mask_prob, (text.pad, text.cls, text.sep, text.mask)
         self.ordinary = np.setdiff1d(np.arange(text.vocab_size), self.specials)
 
     def sequences(self, text, starts, rng):

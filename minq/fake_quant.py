@@ -48,8 +48,7 @@ class StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, low, high, n_bits, symmetric):
-        parameters = affine_parameters(low, high, n_bits, symmetric)
-        return fake_quantize(x, *parameters, n_bits, symmetric)
+        return fake_quantize(x, *affine_parameters(low, high, n_bits, symmetric), n_bits, symmetric)
 
     @staticmethod
     def backward(ctx, gradient):
@@ -90,9 +89,8 @@ class DynamicWeightQuantizer(nn.Module):
         if not self.active:
             return weight
         groups = weight.reshape(self.parts, -1)
-        threshold = minmax_threshold(groups.detach(), self.n_bits)
-        on_grid = StraightThrough.apply(groups, -threshold, threshold, self.n_bits, True)
-        return on_grid.view_as(weight)
+        largest = minmax_threshold(groups.detach(), self.n_bits)
+        return StraightThrough.apply(groups, -largest, largest, self.n_bits, True).view_as(weight)
 
 
 class FakeQuantLinear(nn.Module):
@@ -133,12 +131,11 @@ def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token", linea
 @contextmanager
 def fake_quantization_off(model):
     """While active, a `fake_quantize_training` model computes in floating point."""
-    quantizers = [module for module in model.modules() if hasattr(module, "active")]
-    before = [quantizer.active for quantizer in quantizers]
-    for quantizer in quantizers:
+    before = {module: module.active for module in model.modules() if hasattr(module, "active")}
+    for quantizer in before:
         quantizer.active = False
     try:
         yield
     finally:
-        for quantizer, active in zip(quantizers, before):
+        for quantizer, active in before.items():
             quantizer.active = active

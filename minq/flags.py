@@ -115,12 +115,11 @@ def config_flags(config_class):
 
 def add_config_flags(parser, config_class):
     """--layers, --width, --attention, --gamma ...: the fields of the model's Config."""
-    group = parser.add_argument_group("model")
+    add = parser.add_argument_group("model").add_argument
     for f in config_flags(config_class):
         needs = f"; for {', '.join(f.metadata['needs'])}" if f.metadata["needs"] else ""
         options = {"action": "store_true"} if f.type is bool else f.metadata["options"]
-        help = f.metadata["help"] + needs
-        group.add_argument(option(f.name), default=f.default, help=help, **options)
+        add(option(f.name), default=f.default, help=f.metadata["help"] + needs, **options)
 
 
 def option(name):
@@ -133,8 +132,7 @@ class WithFlags:
     @classmethod
     def of(cls, args, **sizes):
         """From a script's arguments, by name, and `sizes` that its data tell."""
-        known = {field.name for field in fields(cls)}
-        return cls(**{name: x for name, x in vars(args).items() if name in known} | sizes)
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if f.name in args} | sizes)
 
     def check_choices(self):
         for f in config_flags(type(self)):
@@ -153,11 +151,9 @@ def attention_settings(config):
 
 def add_text_flags(parser, builtin):
     add = parser.add_argument_group("text").add_argument
-    add("--data", type=source(builtin),
-        help=f"{', '.join(builtin)}, a file or folder of text, or a .bin of uint16 tokens")
-    add("--vocab-size", type=number(int, low=1, high=2 ** 16), help="number of tokens in a .bin")
-    add("--special-ids", type=special_ids, metavar="PAD,CLS,SEP,MASK",
-        help="their ids in a .bin; by default they follow the vocabulary")
+    add("--data", type=source(builtin), help=f"{', '.join(builtin)}, a file or folder, or a .bin")
+    add("--vocab-size", type=number(int, low=1, high=2 ** 16), help="vocabulary of a .bin (uint16)")
+    add("--special-ids", type=special_ids, help="PAD,CLS,SEP,MASK of a .bin; by default last")
 
 
 def special_ids(text):
@@ -191,8 +187,7 @@ def add_training_flags(parser, optimizers, linears):
 
     add = parser.add_argument_group("run").add_argument
     add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
-    add("--precision", choices=("fp32", "bf16", "fp16"),
-        help="of the forward pass; by default bf16 where the hardware has it")
+    add("--precision", choices=("fp32", "bf16", "fp16"), help="by default bf16 where it is native")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--out", type=place, help="the run's folder; by default runs/ and its settings")
     add("--overwrite", action="store_true", help="replace the run in --out")
@@ -214,13 +209,11 @@ def read_flags(family, config_class, parser, presets, argv=None):
     first = next(iter(presets))
     parser.add_argument("--preset", choices=presets, default=first, help="a recipe; flags override")
     defaults = vars(parser.parse_args([]))
-    for preset in presets.values():
-        if unknown := preset.keys() - defaults.keys():
-            raise KeyError(f"a preset sets {min(unknown)}, which is no flag")
+    if unknown := set().union(*presets.values()) - defaults.keys():
+        raise KeyError(f"a preset sets {min(unknown)}, which is no flag")
     parser.set_defaults(**presets[first])  # for --help
-    untyped = argparse.Namespace(**dict.fromkeys(defaults))  # what is not typed stays None
-    typed = vars(parser.parse_args(argv, untyped))
-    typed = {name: value for name, value in typed.items() if value is not None}
+    given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))  # or else None
+    typed = {name: value for name, value in vars(given).items() if value is not None}
     args = argparse.Namespace(**defaults | presets[typed.get("preset", first)] | typed)
     args.out = args.out or run_name(family, args, typed)
     if args.resume and args.overwrite:
@@ -233,8 +226,7 @@ def read_flags(family, config_class, parser, presets, argv=None):
 def check(config_class, args, typed):
     """Refuse what would change nothing; of --alpha and --gamma the one that was typed counts."""
     for f in config_flags(config_class):
-        needs = f.metadata["needs"]
-        if needs and f.name in typed and args.attention not in needs:
+        if (needs := f.metadata["needs"]) and f.name in typed and args.attention not in needs:
             raise UserError(f"{option(f.name)} {typed[f.name]} needs --attention {needs[0]}")
     if "gate_hidden" in typed and args.gate != "mlp":
         raise UserError(f"--gate-hidden {args.gate_hidden} needs --gate mlp, not {args.gate}")
@@ -287,8 +279,10 @@ def writing(what):
     try:
         yield
     except (OSError, RuntimeError) as error:  # torch.save makes a RuntimeError of a full disk
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise UserError(f"{what}: cannot be written: {reason}") from None
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise UserError(f"{what}: cannot be written: {cause}") from None
 
 
 def write_atomically(path, content):

@@ -15,7 +15,6 @@ from minq.augment import centre_crop
 from minq.data import VALIDATION_SHARE, downloaded, spread
 from minq.flags import UserError
 
-RECORD = 1 + 3 * 32 * 32  # bytes of CIFAR-10: the label, then all red values, green, blue
 CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
            "c4a38c50a1bc5f3a1c5537f2155ab9d68f9f25eb1ed8d9ddda3db29a59bca1dd")
 
@@ -99,9 +98,8 @@ def read_folder(folder):
 
 
 def read_cifar10(paths):
-    """CIFAR-10's binary layout."""
-    records = np.concatenate([np.fromfile(path, dtype=np.uint8) for path in paths])
-    records = records.reshape(-1, RECORD)
+    """CIFAR-10's binary layout: records of a label, then all red values, green, blue."""
+    records = np.concatenate([np.fromfile(path, np.uint8) for path in paths]).reshape(-1, 3073)
     return Part(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0])
 
 
@@ -112,16 +110,14 @@ def read_arrays(folder):
     chosen at random and always the same, because such arrays are often sorted by class.
     """
     def part(prefix):
-        return Part(*(np.load(folder / f"{prefix}{name}.npy", mmap_mode="r")
-                      for name in ("images", "labels")))
+        return Part(*(np.load(folder / f"{prefix}{x}.npy", "r") for x in ("images", "labels")))
 
     train = part("")
     if any(folder.glob("val_*.npy")):
         return train, part("val_")
     rows = np.random.default_rng(0).permutation(len(train.labels))
     boundary = int(len(rows) * (1 - VALIDATION_SHARE))
-    return (Part(train.images, train.labels, np.sort(rows[:boundary])),
-            Part(train.images, train.labels, np.sort(rows[boundary:])))
+    return [Part(train.images, train.labels, np.sort(x)) for x in np.split(rows, [boundary])]
 
 
 # ---- pictures drawn by code: an object of ten classes on a background that tells nothing ----
@@ -183,13 +179,12 @@ def draw_shapes(count, seed, size=32):
         inside = (0.5 - unit * shape(x, y)).clip(0, 1)  # the share of a pixel that is covered
 
         # Brighter than the background: with darker ones among them a small ViT learns much later.
-        background = uniform(0.0, 0.45, n, 3, 1, 1)
-        contrast = uniform(0.3, 0.55, n, 3, 1, 1)
-        light = uniform(-0.15, 0.15, n, 1, 1) * pixels
-        light = (light + uniform(-0.15, 0.15, n, 1, 1) * pixels[:, None]) / size
+        image = uniform(0.0, 0.45, n, 3, 1, 1) + uniform(0.3, 0.55, n, 3, 1, 1) * inside[:, None]
+        light_x, light_y = uniform(-0.15, 0.15, 2, n, 1, 1)  # the slopes of its brightness
+        light = (light_x * pixels + light_y * pixels[:, None]) / size  # (n, H, W)
         noise = 0.2 * (rng.random((n, 3, size, size), dtype=np.float32) - 0.5)
-        image = background + contrast * inside[:, None] + light[:, None] + noise  # (n, 3, H, W)
-        images[rows] = (255 * image.clip(0, 1) + 0.5).transpose(0, 2, 3, 1)
+        image = (image + light[:, None] + noise).clip(0, 1)  # (n, 3, H, W)
+        images[rows] = (255 * image + 0.5).transpose(0, 2, 3, 1)
     return images, labels
 
 
@@ -223,11 +218,9 @@ class Images:
         for _, chosen in spread(len(self.source.validation), size, batches, rank, world):
             yield self.source.validation.take(chosen)
 
-    @staticmethod
-    def to_float(images, labels):
+    def to_float(self, images, labels):
         """Arrays -> (images (B, 3, H, W) from 0 to 1, labels (B,)), floats and int64."""
-        images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
-        return images, torch.from_numpy(labels)
+        return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255, torch.from_numpy(labels)
 
     def to_model(self, images, labels):
         """Arrays -> ((images (B, 3, image_size, image_size),), labels (B,)), to evaluate on."""

@@ -6,11 +6,11 @@ Its folder holds `checkpoint.pt` (all that is needed to rebuild the model and to
 import json
 import os
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import starmap
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -47,17 +47,14 @@ class Run:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if args.batch_size % self.world:
             raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {self.world}")
-        self.step, self.seconds, self.train_loss = 0, 0.0, torch.zeros(())
         if checkpoint:
             require_same_data(args.data, data, checkpoint)
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scaler.load_state_dict(checkpoint["scaler"])
-            self.step, self.seconds = checkpoint["step"], checkpoint["seconds"]
-            self.train_loss = checkpoint["train_loss"]
-        self.train_loss = self.train_loss.to(self.device)  # summed since the last evaluation
+            for name, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler)):
+                part.load_state_dict(checkpoint[name])
+        done = checkpoint or {"step": 0, "seconds": 0.0, "train_loss": torch.zeros(())}
+        self.step, self.seconds, self.signal = done["step"], done["seconds"], 0
+        self.train_loss = done["train_loss"].to(self.device)  # summed since the last evaluation
         self.bad_steps = torch.zeros((), dtype=torch.long, device=self.device)  # loss not finite
-        self.signal = 0
 
     # ---- the loop ----
 
@@ -153,10 +150,9 @@ class Run:
             return
         model = self.model
         checkpoint = dict(format="minq 1", family=model.family, config=asdict(model.config),
-                          args=vars(self.args), data_sha256=self.data.sha256, step=self.step,
-                          model=model.state_dict(), optimizer=self.optimizer.state_dict(),
-                          scaler=self.scaler.state_dict(), train_loss=self.train_loss,
-                          seconds=self.seconds)
+                          args=vars(self.args), data_sha256=self.data.sha256, seconds=self.seconds,
+                          model=model.state_dict(), scaler=self.scaler.state_dict(), step=self.step,
+                          optimizer=self.optimizer.state_dict(), train_loss=self.train_loss)
         write_atomically(self.folder / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
 
     def report(self):
@@ -165,10 +161,9 @@ class Run:
             raise UserError(f"{self.folder}: step {self.step}: losses or gradients are not finite; "
                             "the checkpoint, if any, is an earlier one; try a lower --lr")
         if self.step < self.args.steps:
-            same = ["--compile"] * self.args.compile
+            same = ["--resume", "--out", self.folder] + ["--compile"] * self.args.compile
             same += ["--device", self.args.device] if self.args.device else []
-            script = f"train_{self.model.family}.py"
-            go_on = command(script, "--resume", "--out", self.folder, *same)
+            go_on = command(f"train_{self.model.family}.py", *same)
             if self.rank == 0:
                 print(f"interrupted at step {self.step}, saved. Go on with: {go_on}")
             raise SystemExit(128 + self.signal)  # 130 for Ctrl-C, 143 for SIGTERM
@@ -256,8 +251,7 @@ def require_same_data(source, data, checkpoint):
 
 # ---- opened again ----
 
-@dataclass
-class OpenedRun:
+class OpenedRun(NamedTuple):
     """A run to look at: its model in evaluation mode, and the data that it was trained on."""
     name: str
     checkpoint: dict

@@ -15,16 +15,12 @@ import torch.nn.functional as F
 
 from minq.flags import UserError
 
-SILENCE = 60  # seconds without a word from another process, before it counts as dead
-
 
 # ---- schedules: a multiplier of the peak learning rate ----
 
 def linear_schedule(step, warmup, steps):
     """From 0 to 1 over `warmup` steps, then linearly to 0 at `steps` (C.1, C.2)."""
-    if step < warmup:
-        return step / warmup
-    return max(0.0, (steps - step) / max(1, steps - warmup))
+    return step / warmup if step < warmup else max(0.0, (steps - step) / max(1, steps - warmup))
 
 
 def cosine_schedule(step, warmup, steps, first=1e-3, last=1e-2):
@@ -49,18 +45,17 @@ def parameter_groups(model, weight_decay, decay_layernorm=False):
     `weight` of a module whose name says norm. What a softmax holds never decays, nor do biases.
     Raises UserError where no norm has a gamma to decay.
     """
-    decayed, undecayed, gammas = [], [], 0
+    decayed, others, gammas = [], [], 0
     for name, p in model.named_parameters():
         module, _, last = name.rpartition(".")
         is_matrix = p.numel() > len(p) and p.dim() > 1 and "bias" not in last
         is_gamma = last == "weight" and "norm" in module.rpartition(".")[2]
         gammas += is_gamma
         decays = (is_matrix or is_gamma and decay_layernorm) and ".softmax." not in name
-        (decayed if decays else undecayed).append(p)
+        (decayed if decays else others).append(p)
     if decay_layernorm and not gammas:
         raise UserError("--decay-layernorm would change nothing: no norm of this model has a gamma")
-    return [{"params": decayed, "weight_decay": weight_decay},
-            {"params": undecayed, "weight_decay": 0.0}]
+    return [dict(params=decayed, weight_decay=weight_decay), dict(params=others, weight_decay=0.0)]
 
 
 # name -> (model, parameter groups, lr, betas) to optimizer; lab/muon.py has another
@@ -141,7 +136,7 @@ def start_processes():
     if "RANK" not in os.environ:
         return 0, 1
     kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(kind, timeout=timedelta(seconds=SILENCE))
+    dist.init_process_group(kind, timeout=timedelta(minutes=1))  # of silence: a process is dead
     atexit.register(dist.destroy_process_group)
     # Before that: gloo's threads drop their last tensors when they get to it, and need Python to do
     # so. Where it has ended, they abort the process (pull request 179291 of PyTorch).

@@ -41,14 +41,6 @@ def start(*command, **options):
                             stderr=pipe, text=True, **options)
 
 
-def torchrun(script, *arguments):
-    """A script in two processes; what it says, if it fails."""
-    process = start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, script,
-                    *arguments)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-
-
 def run(script, *arguments, code=0):
     """Call a script's main() here, without the seconds that importing torch takes: (out, err)."""
     out, err, returned = io.StringIO(), io.StringIO(), 0

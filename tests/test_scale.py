@@ -49,6 +49,14 @@ def test_two_processes_give_the_losses_of_one(corpus, cifar, tmp_path):
 
 
 @pytest.mark.slow
+def test_torchrun_starts_two_processes(corpus, tmp_path):
+    torchrun = "-m torch.distributed.run --standalone --nproc-per-node 2 train_bert.py".split()
+    process = start(*torchrun, *SMALL, "--data", corpus, "--out", tmp_path / "run")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and out.count("next: python quantize.py") == 1, err
+
+
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_job_and_one_that_is_told_to_stop_stops_it(corpus, tmp_path):
     endless = [*SMALL, "--data", corpus, "--steps", 10 ** 6, "--save-every", 10 ** 6, "--out"]
     dies, stops = in_two(*(("train_bert.py", [*endless, tmp_path / name], number) for name, number
