@@ -69,7 +69,8 @@ def main(argv=None):
             if not is_vit:
                 settings |= tokenize(folder, model, args.text or "stdlib", new / "tokens.bin")
             data = open_data(checkpoint, settings["data"] if is_vit else str(new / "tokens.bin"))
-            torch.save(checkpoint | {"data_sha256": data.sha256}, new / "checkpoint.pt")
+            with open(new / "checkpoint.pt", "wb") as file:  # given a name it hides a full disk
+                torch.save(checkpoint | {"data_sha256": data.sha256}, file)
             open_run(new, torch.device("cpu"))  # what it refuses is no run
             shutil.rmtree(new.with_suffix(""), ignore_errors=True)
             new.rename(new.with_suffix(""))
