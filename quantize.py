@@ -11,14 +11,13 @@ from itertools import product
 from tqdm import tqdm
 
 import lab.cures  # noqa: F401, more attentions: runs that have one open
-from lab.tables import markdown, mean_and_std, nan_last, outlier_columns, with_std
+from lab.tables import METRICS, markdown, mean_and_std, nan_last, outlier_columns, with_std
 from minq import flags
 from minq.outliers import growth, watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, quantize_model
 from minq.runs import open_run
 from minq.training import pick_device
 
-METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑"}
 SETTINGS = ("norm", "optimizer", "decay_layernorm", "patch_layernorm", "fake_quant", "seq_len",
             "steps", "data", "data_sha256")  # in --json, beside those of the attention
 
@@ -35,7 +34,7 @@ def main(argv=None):
     add("--w-estimator", choices=W_ESTIMATORS, default="minmax", help="weights' range (sec. C.4)")
     add("--a-estimator", choices=A_ESTIMATORS, default="running", help="activations' range")
     add("--best", action="store_true", help="try every pair of these, keep the best")
-    add("--w-granularity", choices=("tensor", "channel"), default="tensor", help="with one scale")
+    add("--w-granularity", choices=("tensor", "channel"), default="tensor", help="per scale")
     args = parser.parse_args(argv)
     widths = [(args.w_bits or b, args.a_bits or b) for b in args.bits]
     pairs = [*product(W_ESTIMATORS, A_ESTIMATORS)] if args.best else [

@@ -47,7 +47,7 @@ def main(argv=None):
     flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
     args, typed = flags.read_flags("bert", BertConfig, parser, PRESETS, argv)
     checkpoint = resume(args, typed, "bert") if args.resume else None
-    rank, world = start_processes()
+    world = start_processes()
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
 

@@ -47,7 +47,7 @@ def main(argv=None):
     flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
     args, typed = flags.read_flags("opt", OptConfig, parser, PRESETS, argv)
     checkpoint = resume(args, typed, "opt") if args.resume else None
-    rank, world = start_processes()
+    world = start_processes()
     device = pick_device(args.device)
     args.precision = pick_precision(args.precision, device)
     if args.sample:

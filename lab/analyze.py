@@ -23,7 +23,7 @@ import torch
 import lab.cures  # noqa: F401, runs with such an attention open
 from lab.survey import (OUTLIER_TAPS, group_shares, on_patches, outlier_patches, record, survey,
                         token_groups, token_names, worst_dimension)
-from lab.tables import markdown, read_log
+from lab.tables import markdown, pictures_with, read_log
 from minq import flags
 from minq.quant import affine_parameters, value_range
 from minq.runs import open_run
@@ -39,7 +39,7 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     flags.add_run_flags(parser, batches=None, seeds=None)
     add = parser.add_argument
-    add("--batches", type=flags.positive, dest="eval_batches", help="--eval-batches; default 16")
+    add("--batches", type=flags.positive, dest="eval_batches", help="the same; here 16 by default")
     add("--layer", type=flags.positive, help="from 1; by default the one after the outliers")
     add("--head", type=flags.positive, help="from 1; by default that of the worst dimension")
     add("--gates", action="store_true", help="also show that layer's gates, token by token")
@@ -59,10 +59,8 @@ def main(argv=None):
     numbers, pictures = mode(args)  # pictures: name -> (function of lab/figures.py, its arguments)
     if args.json:
         flags.write_atomically(args.json, json.dumps(numbers, default=lambda x: x.tolist()) + "\n")
-    try:
-        from lab import figures
-    except ModuleNotFoundError:
-        return print("no pictures without matplotlib; get it with: pip install -e '.[plots]'")
+    if (figures := pictures_with()) is None:
+        return
     folder = Path(args.out or Path(args.runs[0], "figures"))
     with flags.writing(f"--out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -246,7 +246,8 @@ GROUPS = {family: functools.partial(against_hugging_face, family) for family in 
 def main(argv=None):
     parser = flags.Parser(__doc__)
     add = parser.add_argument
-    add("groups", nargs="*", choices=["all", *GROUPS], default="all", metavar="GROUP", help="what")
+    add("groups", nargs="*", choices=["all", *GROUPS], default="all", metavar="GROUP",
+        help=f"some of {' '.join(GROUPS)}; by default all")
     add("--quick", action="store_true", help="one round, dropout 0, two layers of each model")
     add("--rounds", type=flags.positive, help="turns that each alternative takes; by default 5")
     add("--dropout", type=flags.below_1, nargs="+", help="of training steps; by default 0 and 0.1")

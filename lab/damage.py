@@ -16,6 +16,7 @@ activations, all weights and everything are calibrated as they are evaluated. Wi
 says how far each tensor's largest value M stands out in floating point (outliers.growth).
 """
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,27 +24,39 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import lab.cures  # noqa: F401, runs with such an attention open
-from lab.tables import markdown
+from lab.tables import METRICS, markdown, pictures_with
 from minq import flags
 from minq.outliers import growth, listening, watch
 from minq.quant import ActivationQuantizer, quantize_model
 from minq.runs import open_run
 from minq.training import pick_device, to_device
 
-METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑", "sqnr": "SQNR dB ↑"}
 TOGETHER = {"nothing": "", "all activations": "*_tap", "all weights": "*.weight", "everything": "*"}
 
 
 # ---- how far the last hidden states have moved ----
 
+@contextmanager
+def hidden(model):
+    """While active, the last hidden states of each pass (BERT: the last layer's output; OPT, ViT:
+    the final norm's) are kept; yields the list of them, in float32: (B, T, width), or (B, width)
+    where only [CLS] is left."""
+    passes = []
+
+    def hear(tap, place, x):
+        if place == 0:  # another pass begins; its last place stays
+            passes.append(x)
+        passes[-1] = x.float()
+
+    with listening(model, (model.hidden_tap,), hear):
+        yield passes
+
+
 @torch.no_grad()
 def last_hidden(model, inputs):
-    """The last hidden states (BERT: the last layer's output; OPT, ViT: the final norm's), float32:
-    (B, T, width), or (B, width) where only [CLS] is left."""
-    passed = []
-    with listening(model, (model.hidden_tap,), lambda tap, place, x: passed.append(x.float())):
+    with hidden(model) as passes:
         model(*inputs)
-    return passed[-1]
+    return passes[-1]
 
 
 def last_states(run, model, batches=None):
@@ -68,8 +81,13 @@ def sqnr_and_cosine(pairs):
 def scores(run, model, states, batches=None):
     """{metric, sqnr in dB} of a model in the run's place. states: those of the run's own model, a
     list of as many batches. An encoder has no head to predict with: its metric is its SQNR."""
-    sqnr = sqnr_and_cosine(zip(last_states(run, model, batches), states, strict=True))["sqnr"]
-    return {"metric": sqnr if model.metric == "sqnr" else run.score(model, batches), "sqnr": sqnr}
+    if model.metric == "sqnr":
+        metric, moved = None, last_states(run, model, batches)
+    else:
+        with hidden(model) as moved:
+            metric = run.score(model, batches)
+    sqnr = sqnr_and_cosine(zip(moved, states, strict=True))["sqnr"]
+    return {"metric": sqnr if metric is None else metric, "sqnr": sqnr}
 
 
 # ---- one tensor at a time ----
@@ -155,10 +173,8 @@ def main(argv=None):
 
 def draw(rows, folder):
     """A picture for each run: the SQNR with one tensor quantized, taps by layers."""
-    try:
-        from lab import figures
-    except ModuleNotFoundError:
-        return print("no pictures without matplotlib; get it with: pip install -e '.[plots]'")
+    if (figures := pictures_with()) is None:
+        return
     with flags.writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for row in rows:

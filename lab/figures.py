@@ -77,8 +77,15 @@ def shares(rows, title):
     """Of groups of tokens, their shares of the outliers and of all tokens: rows of dicts, each a
     group's name and its shares."""
     groups, *columns = zip(*(row.values() for row in rows))
-    lines = {name: {"share": (groups, x)} for name, x in zip([*rows[0]][1:], columns)}
-    return curves(lines, title, "tokens")
+    y, bars = np.arange(len(groups)), zip([*rows[0]][1:], columns, (BLUE, ORANGE), ("", "///"))
+    with sheet(title, 1, 1, 7, 1.2 + 0.4 * len(rows)) as (figure, axes):
+        ax = axes[0, 0]
+        for i, (name, x, colour, hatch) in enumerate(bars):
+            ax.barh(y + 0.4 * i - 0.2, x, 0.4, color=colour, hatch=hatch, label=name)
+        ax.set(yticks=y, yticklabels=groups, xlabel="share")
+        ax.invert_yaxis()
+        ax.legend()
+    return figure
 
 
 def maps(panels, label, title, columns=1, width=9, height=2.4, **options):

@@ -15,6 +15,7 @@ import math
 from functools import lru_cache, partial
 
 import torch
+import torch.nn as nn
 from tqdm import tqdm
 
 import lab.cures  # noqa: F401, runs with such an attention open
@@ -172,11 +173,21 @@ def smooth(model, inputs, alpha=0.5):
             model(*batch)
     for i, block in enumerate(model.layers):
         s = shift(block.norm1, block.attention.qkv, largest["norm1", i], alpha)
-        if block.attention.gate is not None:  # it sees what it saw before
-            unsmoothed = lambda gate, seen, s=s: (seen[0] * s, *seen[1:])
-            block.attention.gate.register_forward_pre_hook(unsmoothed)
+        if block.attention.gate is not None:
+            block.attention.gate = UnsmoothedGate(block.attention.gate, s)
         shift(block.norm2, block.ffn_up, largest["norm2", i], alpha)
     return model
+
+
+class UnsmoothedGate(nn.Module):
+    """A gate behind a smoothed LayerNorm: it sees what it saw before, x times s."""
+
+    def __init__(self, gate, s):
+        super().__init__()
+        self.gate, self.s = gate, s  # s: (d,)
+
+    def forward(self, x, v):
+        return self.gate(x * self.s, v)
 
 
 def shift(norm, linear, largest, alpha):

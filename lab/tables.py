@@ -14,7 +14,7 @@ import torch
 
 from minq.flags import UserError
 
-METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑"}
+METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑", "sqnr": "SQNR dB ↑"}
 LOST, BITS = "bits at which 20% are lost", "bits at which 20% (ViT: 5 points) are lost"
 
 
@@ -192,9 +192,9 @@ def remedy_columns(row, remedy):
     cells = {"remedy": remedy["remedy"]}
     for key in row["remedies"][0]["quantized"]:
         found, width = remedy["quantized"].get(key), f"W{key.replace('x', 'A')}"
-        if row["metric"] in METRICS:
+        if row["metric"] != "sqnr":
             cells[f"{width}, {METRICS[row['metric']]}"] = with_std(found) if found else "–"
-        cells[f"{width}, SQNR dB ↑"] = with_std(found["sqnr"], 3) if found else "–"
+        cells[f"{width}, {METRICS['sqnr']}"] = with_std(found["sqnr"], 3) if found else "–"
     return cells | {"in floating point": remedy["floats"]}
 
 
@@ -252,12 +252,19 @@ def repetitions(rows):
             f"{len(minutes)} trainings of {min(minutes):.1f} to {max(minutes):.1f} minutes")
 
 
-def draw(table, path, xlabel):
-    """The figures of an experiment over a setting, beside its results."""
+def pictures_with():
+    """lab/figures.py; without matplotlib None, and a line that says how to get it."""
     try:
         from lab import figures
+        return figures
     except ModuleNotFoundError:
-        return print("no pictures without matplotlib; get it with: pip install -e '.[plots]'")
+        print("no pictures without matplotlib; get it with: pip install -e '.[plots]'")
+
+
+def draw(table, path, xlabel):
+    """The figures of an experiment over a setting, beside its results."""
+    if (figures := pictures_with()) is None:
+        return
     pictures, families = {}, {}
     for row in table["rows"]:
         families.setdefault(row["family"], {}).setdefault(row["line"], []).append(row)

@@ -1,4 +1,4 @@
-"""What a person meets: flags, a line for wrong input, tables, and files never half written.
+"""What a person meets: flags, one line for wrong input, and files that are never half written.
 
 A script's settings come from three places, each overriding the one before: the defaults of its
 model's Config, the preset (PRESETS in the script), and what was typed. A field of a Config that is

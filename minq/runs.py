@@ -320,4 +320,6 @@ def open_data(checkpoint, source):
     text = load_text(source, args["vocab_size"], args["special_ids"])
     if checkpoint["family"] == "bert":
         return MaskedText(text, config["seq_len"], args["mask_prob"])
-    return CausalText(text, config["seq_len"])
+    if checkpoint["family"] == "opt":
+        return CausalText(text, config["seq_len"])
+    raise UserError(f"{checkpoint['family']}: say in minq/runs.py, open_data, what data it takes")

@@ -128,20 +128,20 @@ def seed_step(seed, step, rank=0):
 # ---- processes ----
 
 def start_processes():
-    """(rank, world size): (0, 1) alone, or this process's place under torchrun.
+    """Join the other processes under torchrun. Returns how many there are, 1 alone.
 
     On GPUs, too, gloo carries the few numbers that are on the CPU: it tells at once when a process
     has died.
     """
     if "RANK" not in os.environ:
-        return 0, 1
+        return 1
     kind = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(kind, timeout=timedelta(minutes=1))  # of silence: a process is dead
     atexit.register(dist.destroy_process_group)
     # Before that: gloo's threads drop their last tensors when they get to it, and need Python to do
     # so. Where it has ended, they abort the process (pull request 179291 of PyTorch).
     atexit.register(time.sleep, 0.1)
-    return dist.get_rank(), dist.get_world_size()
+    return dist.get_world_size()
 
 
 def added_up(*numbers):

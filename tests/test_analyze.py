@@ -160,7 +160,7 @@ def test_histograms_show_the_counts():
     assert shown(figure) == expected and figure.get_supylabel() == "no outliers: largest |x|"
 
 
-def test_lines_show_the_values():
+def test_lines_and_bars_show_the_values():
     series = {"perplexity": ([1, 2], [9, 8]), "loss": ([1, 2], [3, 2])}
     left, right = figures.curves({"a": series, "b": series}, "runs").axes
     assert lines(left) == {"a": [(1, 9), (2, 8)], "b": [(1, 9), (2, 8)]}
@@ -169,7 +169,9 @@ def test_lines_show_the_values():
 
     rows = [{"tokens": "space", "outliers": 9, "all": 2}, {"tokens": "x", "outliers": 1, "all": 8}]
     (ax,) = figures.shares(rows, "run").axes
-    assert lines(ax) == {"outliers": [(0, 9), (1, 1)], "all": [(0, 2), (1, 8)]}
+    bars = {x.get_label(): [bar.get_width() for bar in x] for x in ax.containers}
+    assert bars == {"outliers": [9, 1], "all": [2, 8]}
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["space", "x"]
 
     counts = np.zeros((3, 2, 4))
     counts[2, 1] = 1, 0, 0, 3
