@@ -130,13 +130,14 @@ def analyze(args):
         pictures["patches"] = "patch_maps", on_patches(outliers[tap]["by_position"]), name
 
     # ---- what heads do ----
-    table("what each head does, the most idle first", [
+    over_even = heads["attention"] / heads["even"]
+    table("what each head does, the most attention on one token first", [
         {"layer": at[0] + 1, "head": at[1] + 1, "sink": names[got["sinks"][at]]}
         | {key.replace("_", " "): x[at] for key, x in heads.items()}
-        for at in sorted(np.ndindex(L, H), key=lambda at: heads["update"][at])])
+        for at in sorted(np.ndindex(L, H), key=over_even.__getitem__, reverse=True)])
     print("\n" + __doc__.rpartition("\n\n")[2])
     pictures["heads"] = "heads", heads, 1 / config.seq_len, f"{name}: heads, numbered layer.head"
-    if "gate" in heads:
+    if "pi" in heads:
         pictures["gates"] = "gate_histograms", got["gate_counts"], f"{name}: gates"
 
     # ---- one head on two validation samples (Figures 2 and 3) ----
@@ -156,7 +157,7 @@ def analyze(args):
     pictures["magnitudes"] = "magnitudes", {where: array(kept[tap][source][0])}, name
     if text:
         labels = [[names[i] for i in sequence] for sequence in inputs.tolist()]
-        what = "probabilities × values" + " × gate" * ("gate" in heads)
+        what = "probabilities × values" + " × gate" * ("pi" in heads)
         for i, sequence in enumerate(zip(labels, probs, values, product)):
             pictures[f"head-{i}"] = "head_on_text", *sequence, what, f"{title}, sequence {i}"
     else:

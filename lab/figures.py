@@ -173,7 +173,7 @@ def gates_on_tokens(labels, gates, title):
 def heads(measures, even, title):
     """Each head a point, numbered layer.head: a sink that takes all, with a value near nothing, is
     a head that does nothing. survey's measures, (L, H) each; `even`: even attention's sink rate."""
-    rate, value, spread = (measures[key] for key in ("sink_rate", "sink_value", "score_range"))
+    rate, value, spread = (measures[key] for key in ("attention", "sink_value", "score_range"))
     with sheet(title, 1, 1, 7, 4.6) as (figure, axes):
         ax = axes[0, 0]
         points = ax.scatter(rate, value, 45, np.ravel(spread), cmap=AMOUNT, vmin=0, edgecolor="k")

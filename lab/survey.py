@@ -1,7 +1,7 @@
 """The numbers behind the paper's figures: where outliers sit, what each head does (sec. 3).
 
     found = survey(model, batches, device, tap="ffn_output", vocab_size=260)
-    found["heads"]["sink_rate"]                      # (layers, heads), a mean over samples
+    found["heads"]["attention"]                      # (layers, heads), a mean over samples
     found["outliers"]["ffn_output"]["by_dimension"]  # (layers, d), outliers per sample
 
 Layers, heads, positions and dimensions count from 0 here; lab/analyze.py adds 1 to layers and
@@ -17,7 +17,7 @@ from minq.outliers import Averages, is_outlier, listening, norms_and_kurtosis
 from minq.training import to_device
 
 OUTLIER_TAPS = ("ffn_output", "layer_output")
-HEAD_TAPS = ("probs", "scores", "values", "context", "gate_output")  # as head_measures takes them
+HEAD_TAPS = ("probs", "scores", "values", "gate_output")  # as head_measures takes them
 GATE_BINS = 20
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper's: [SEP] "." ","
@@ -28,12 +28,12 @@ DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper'
 @contextmanager
 def record(model, taps):
     """Keep what passed the named taps last: `kept[tap][layer]`. "gate_output" is pi (B, H, T) or
-    (B, H, T, n), None without a gate. A key that is no token (cures.ExtraKey) is left out."""
-    kept, T = {tap: [None] * len(model.layers) for tap in taps}, model.config.seq_len
+    (B, H, T, n), None without a gate. A key that is no token (cures.ExtraKey) stands last in scores,
+    probs and values."""
+    kept = {tap: [None] * len(model.layers) for tap in taps}
 
-    def keep(tap, layer, x):  # an extra key stands behind the tokens
-        x = x[..., :T] if tap in ("scores", "probs") else x
-        kept[tap][layer] = x[:, :, :T] if tap == "values" else x
+    def keep(tap, layer, x):
+        kept[tap][layer] = x
 
     with listening(model, taps, keep):
         yield kept
@@ -50,39 +50,66 @@ def outlier_measures(x):
         "peak_by_position": sizes.amax(dim=2), "peak_by_dimension": sizes.amax(dim=1)}
 
 
-def head_measures(probs, scores, values, context, gate=None, causal=False):
-    """What each head of a layer does, (B, H) each, and the position of each sample's sink, (B, H).
+def parking(probs, values, causal=False):
+    """How much of a head's attention lies on one token, and what the head does with it.
 
-    probs, scores (B, H, T, T): rows are queries; values (B, H, T, d_head); context (B, T, width),
-    after the gate; gate (B, H, T) or (B, H, T, n).
+    probs (B, H, T, T or more): rows are queries; values (B, H, T or more, d_head); what stands
+    behind the T tokens is no token. Returns measures, (B, H) each, and each sample's sink (B, H):
+    the position whose probability, averaged over all T queries, is the largest. Whether it holds
+    the start token or a delimiter does not matter.
 
-    sink_rate    A token's share of a head's attention is its probability, averaged over all T
-                 queries; the sink is the token with the largest share, and the sink rate is that
-                 share. Even attention gives 1 / T. A clipped softmax hands out less than 1 per
-                 query, and a causal query gives 0 to later tokens: early ones get more.
+    attention    that average. A causal query gives 0 to later tokens.
+    even         the same average where each query gives 1 / n to each of its n tokens: 1 / T, or
+                 causally the mean of 1 / t over the rows t (from 1) that see the sink, and 0 in
+                 the others. At T = 32 it is 0.127 for the first token.
+    update       the mean norm of probabilities times values, before the gate, divided by the mean
+                 norm of the values
+    even_update  the same where each query averages its n values evenly and these are independent:
+                 the mean of 1 / sqrt(n) over queries
+    """
+    T = probs.shape[2]
+    allowed = probs.new_ones(T, T).tril(0 if causal else T)
+    n = allowed.sum(dim=1, keepdim=True)  # (T, 1), tokens that a query sees
+    attention, sink = probs[..., :T].mean(dim=2).max(dim=-1)
+    update = (probs @ values).norm(dim=-1).mean(dim=-1) / mean_norm(values[:, :, :T])
+    return {"attention": attention, "even": (allowed / n).mean(dim=0)[sink], "update": update,
+            "even_update": n.rsqrt().mean().expand_as(update)}, sink
+
+
+def parks(attention, even):
+    """Whether a head parks, by means over samples of `parking`'s measures: its sink has more than
+    0.3 of its attention, and more than twice what even attention would give it."""
+    return (attention > 0.3) & (attention > 2 * even)
+
+
+def mean_norm(values):
+    """(B, H, T, d_head) -> (B, H), above 0 even where a head has nothing to hand on."""
+    return values.norm(dim=-1).mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+def head_measures(probs, scores, values, gate=None, causal=False):
+    """What each head of a layer does, (B, H) each, and the position of each sample's sink, (B, H):
+    `parking`'s measures, and
+
     sink_value   the norm of the sink's value vector, divided by the mean norm over all tokens
     zeros, ones  the fraction of probabilities that are exactly 0 and exactly 1. Those that a causal
                  mask forbids do not count, nor does the first causal query, which has no choice
     score_range  a query's largest minus its smallest softmax input, unmasked ones only; mean over
                  queries
-    update       the mean norm of what the head hands on, probabilities times values times gate,
-                 divided by the mean norm of its values: 0 is a head that does nothing
-    gate         the mean of pi over tokens (and dimensions), only where there is a gate
+    pi           the mean of gate (B, H, T) or (B, H, T, n), where there is one
     """
-    heads, T = probs.shape[1:3]
+    measures, sink = parking(probs, values, causal)
+    T = probs.shape[2]  # what stands behind them is no token
+    probs, scores, values = probs[..., :T], scores[..., :T], values[:, :, :T]
     allowed = torch.ones(T, T, dtype=torch.bool, device=probs.device).tril(0 if causal else T)
     possible = probs[..., allowed & (allowed.sum(dim=1, keepdim=True) > 1)]  # (B, H, n)
-    share, sink = probs.mean(dim=2).max(dim=-1)  # (B, H)
-    lengths = values.norm(dim=-1)  # (B, H, T)
-    mean_length = lengths.mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)  # a dead head's
     highest = scores.masked_fill(~allowed, -torch.inf).amax(dim=-1)  # (B, H, T)
     lowest = scores.masked_fill(~allowed, torch.inf).amin(dim=-1)
+    length = values.norm(dim=-1).gather(-1, sink[..., None])[..., 0]
     zeros, ones = ((possible == end).float().mean(dim=-1) for end in (0, 1))
-    measures = {"sink_rate": share, "zeros": zeros, "ones": ones,
-                "update": context.unflatten(-1, (heads, -1)).norm(dim=-1).mean(dim=1) / mean_length,
-                "sink_value": lengths.gather(-1, sink[..., None])[..., 0] / mean_length,
-                "score_range": (highest - lowest).mean(dim=-1)}
-    return measures | ({} if gate is None else {"gate": gate.flatten(2).mean(dim=-1)}), sink
+    measures |= {"sink_value": length / mean_norm(values), "zeros": zeros, "ones": ones,
+                 "score_range": (highest - lowest).mean(dim=-1)}
+    return measures | ({} if gate is None else {"pi": gate.flatten(2).mean(dim=-1)}), sink
 
 
 # ---- one pass over the validation data ----
@@ -93,7 +120,7 @@ def survey(model, batches, device, tap, vocab_size=None):
 
     samples                 how many
     outliers[tap][measure]  outlier_measures, (L, ...), means over samples
-    heads[measure]          head_measures, (L, H), means over samples
+    heads[measure]          head_measures, (L, H), means over samples; "parks": bool
     gate_counts             (L, H, GATE_BINS), a histogram of pi from 0 to 1; None without gates
     sinks                   (L, H), the token id that is most often the sink
     tokens                  (n,), how often each token id occurred
@@ -131,7 +158,9 @@ def survey(model, batches, device, tap, vocab_size=None):
                     gate_counts[layer] += count(bins, GATE_BINS)
     means = {name: {measure: np.array(x, np.float32) for measure, x in measures.items()}
              for name, measures in averages.mean.items()}
-    return {"samples": averages.counts["heads"][0], "heads": means.pop("heads"), "outliers": means,
+    heads = means.pop("heads")
+    heads["parks"] = parks(heads["attention"], heads["even"])
+    return {"samples": averages.counts["heads"][0], "heads": heads, "outliers": means,
             "sinks": sinks.argmax(axis=-1), "tokens": tokens, "tokens_of_outliers": of_outliers,
             "tokens_of_peaks": of_peaks, "gate_counts": gate_counts if gate_counts.any() else None}
 

@@ -31,28 +31,54 @@ def test_heads_equal_single_ones_in_numpy(causal):
     probs = (1.2 * torch.from_numpy(masked).float().softmax(-1) - 0.1).clamp(0, 1).numpy()
     values = rng.normal(size=(B, H, T, d)).astype(np.float32)
     gate = rng.random((B, H, T)).astype(np.float32)
-    context = (probs @ values * gate[..., None]).transpose(0, 2, 1, 3).reshape(B, T, H * d)
-    tensors = map(torch.from_numpy, (probs, scores, values, context, gate))
+    tensors = map(torch.from_numpy, (probs, scores, values, gate))
     found, sinks = survey.head_measures(*tensors, causal=causal)
     for b, h in np.ndindex(B, H):
         p, v, share = probs[b, h], values[b, h], probs[b, h].mean(axis=0)
         keys = [range(t + 1) if causal else range(T) for t in range(T)]
         possible = np.concatenate([p[t, keys[t]] for t in range(T) if len(keys[t]) > 1])
-        norms, update = np.linalg.norm(v, axis=1), gate[b, h][:, None] * (p @ v)
+        norms, sees = np.linalg.norm(v, axis=1), [len(x) for x in keys]
         assert sinks[b, h] == share.argmax()
         assert {name: x[b, h].item() for name, x in found.items()} == pytest.approx({
-            "sink_rate": share.max(), "sink_value": norms[share.argmax()] / norms.mean(),
+            "attention": share.max(), "sink_value": norms[share.argmax()] / norms.mean(),
+            "even": np.mean([(share.argmax() in keys[t]) / sees[t] for t in range(T)]),
+            "even_update": np.mean(np.reciprocal(np.sqrt(sees))),
             "zeros": (possible == 0).mean(), "ones": (possible == 1).mean(),
             "score_range": np.mean([np.ptp(scores[b, h, t, keys[t]]) for t in range(T)]),
-            "update": np.linalg.norm(update, axis=1).mean() / norms.mean(),
-            "gate": gate[b, h].mean()}, rel=1e-5, abs=1e-7)
+            "update": np.linalg.norm(p @ v, axis=1).mean() / norms.mean(),
+            "pi": gate[b, h].mean()}, rel=1e-5, abs=1e-7)
     assert 0 < found["zeros"].mean() < 1  # or the comparison of zeros was one of nothing
 
 
-def test_a_dead_head_divides_by_nothing():
+def test_a_head_of_zeros_divides_by_nothing():
     zeros = torch.zeros(1, 1, 3, 3)
-    found, _ = survey.head_measures(zeros, zeros, zeros, torch.zeros(1, 3, 3))
+    found, _ = survey.head_measures(zeros, zeros, zeros)
     assert all(x.isfinite().all() for x in found.values()) and found["zeros"].item() == 1
+
+
+rows, one_hot = torch.arange(1, 33)[:, None], torch.eye(32)
+
+
+@pytest.mark.parametrize("probs, causal, attention, even, update, parks", [
+    (torch.ones(32, 32).tril() / rows, True, 0.127, 0.127, 0.311, False),  # each of t gets 1 / t
+    (torch.ones(32, 32) / 32, False, 0.031, 0.031, 0.177, False),
+    (one_hot, True, 0.031, 0.127, 1, False), (one_hot, False, 0.031, 0.031, 1, False),
+    (one_hot[:1].expand(32, 32), True, 1, 0.127, 1, True),  # a start token for a sink
+    (one_hot[9:10].expand(32, 32), False, 1, 0.031, 1, True),  # a delimiter
+    (one_hot[:1].expand(32, 32) * 0.2, True, 0.2, 0.127, 0.2, False),  # the rest on no token
+    (torch.ones(2, 2).tril() / rows[:2], True, 0.75, 0.75, 0.854, False)])  # high, because even
+def test_who_parks(probs, causal, attention, even, update, parks):
+    """Values are orthogonal, as independent ones nearly are."""
+    values = torch.eye(len(probs))[None, None]
+    pad = torch.nn.functional.pad
+    for extra in 0, 1:  # keys that are no token
+        keys = pad(values, (0, 0, 0, extra), value=7)
+        found, _ = survey.parking(pad(probs, (0, extra))[None, None], keys, causal)
+        assert [found[x].item() for x in ("attention", "even", "update")] == pytest.approx(
+            [attention, even, update], abs=6e-4)
+        if 0 < probs[-1, -1] < 1:
+            assert found["even_update"].item() == pytest.approx(update, abs=6e-4)
+        assert survey.parks(found["attention"], found["even"]).item() == parks
 
 
 @pytest.mark.parametrize("family", ["bert", "opt"])
@@ -63,7 +89,7 @@ def test_survey_equals_a_loop_over_single_sequences(family):
     text = inputs(family, n=7) % 40
     batches = [((text[:4],), text[:4]), ((text[4:],), text[4:])]
     found = survey.survey(model, batches, CPU, "ffn_output", 260)
-    means = {"by_dimension": np.zeros((2, 32)), "sink_rate": np.zeros((2, 4)), "zeros": 0}
+    means = {"by_dimension": np.zeros((2, 32)), "attention": np.zeros((2, 4)), "zeros": 0}
     by_token, peaks = np.zeros((2, 2, 260))
     sinks, gates = np.zeros((2, 4, 260)), np.zeros((2, 4, 20))
     for sequence, layer in ((sequence, layer) for sequence in text for layer in range(2)):
@@ -73,7 +99,7 @@ def test_survey_equals_a_loop_over_single_sequences(family):
         for t, dimension in is_outlier(x[None])[0].nonzero().tolist():
             means["by_dimension"][layer, dimension] += 1 / 7
             by_token[layer, sequence[t]] += 1
-        means["sink_rate"][layer] += share.amax(dim=1).numpy() / 7
+        means["attention"][layer] += share.amax(dim=1).numpy() / 7
         peaks[layer, sequence[x.abs().amax(dim=1).argmax()]] += 1
         for head in range(4):
             sinks[layer, head, sequence[share[head].argmax()]] += 1
@@ -206,7 +232,7 @@ def test_a_head_on_text_and_on_images():
 
 
 def test_points_and_cells_are_numbered():
-    names = ("sink_rate", "sink_value", "score_range")
+    names = ("attention", "sink_value", "score_range")
     measures = dict(zip(names, np.array([[[0.1, 0.9]], [[1.0, 0.2]], [[3.0, 8]]])))
     ax = figures.heads(measures, 1 / 3, "run").axes[0]
     assert words(ax.texts) == ["1.1", "1.2"]
@@ -272,7 +298,7 @@ def test_every_family(tmp_path, cifar, name, options, more):
     opened = open_run(folder, CPU)
     found = survey.survey(opened.model, opened.validation(2), CPU, opened.model.norm_tap)
     assert (numbers["run"], numbers["samples"]) == (str(folder), found["samples"])
-    assert numbers["heads"]["sink_rate"] == found["heads"]["sink_rate"].tolist()
+    assert numbers["heads"]["attention"] == found["heads"]["attention"].tolist()
     assert f"on {found['samples']} validation samples" in out and "_bits" not in out
     rows = re.findall(r"^\| \d.*", out.split("the most idle first")[1], re.MULTILINE)
     updates = [f"{update:.3g}" for update in sorted(found["heads"]["update"].ravel())]
