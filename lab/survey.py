@@ -28,8 +28,8 @@ DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper'
 @contextmanager
 def record(model, taps):
     """Keep what passed the named taps last: `kept[tap][layer]`. "gate_output" is pi (B, H, T) or
-    (B, H, T, n), None without a gate. A key that is no token (cures.ExtraKey) stands last in scores,
-    probs and values."""
+    (B, H, T, n), None without a gate. A key that is no token (cures.ExtraKey) stands last in
+    scores, probs and values."""
     kept = {tap: [None] * len(model.layers) for tap in taps}
 
     def keep(tap, layer, x):
