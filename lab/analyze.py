@@ -3,16 +3,17 @@
     python -m lab.analyze runs/bert-vanilla-s0             where outliers sit, what each head does
     python -m lab.analyze runs/bert-vanilla-s0 --layer 2 --head 3                that head at work
     python -m lab.analyze runs/bert-* --curves             norms and kurtosis over training
-    python -m lab.analyze runs/bert-vanilla-s0 runs/bert-clipped-s0 --compare    one activation of
-                                                           both, and the 8-bit grid over it
+    python -m lab.analyze runs/opt-vanilla-backcopy-s0 --by-trigger    where heads have work to do
 
 An outlier is more than 6 standard deviations from its sample's mean. Layers and heads count from 1,
 positions and dimensions from 0. Delimiters are [CLS], [SEP], newline, space and punctuation.
 
-update: norm of what a head hands on / mean norm of its values; the smaller, the more idle
-sink: the commonest most-attended token; sink rate: its share of a query's attention (if even, 1/T)
+sink: the commonest most-attended token; attention: its mean probability over all queries
+even: what even attention would give it; parks: attention above 0.3 and above twice even
+update: norm of what a head hands on, before its gate / mean norm of its values
+even update: the same if it averaged independent values evenly; pi: mean of the gate, if any
 sink value: its norm / mean norm; zeros, ones: fraction of the probabilities, masked ones left out
-score range: largest - smallest softmax input of a query; gate: mean of pi, where there is a gate
+score range: largest - smallest softmax input of a query
 """
 import json
 from pathlib import Path
@@ -21,15 +22,14 @@ import numpy as np
 import torch
 
 import lab.cures  # noqa: F401, runs with such an attention open
-from lab.survey import (OUTLIER_TAPS, group_shares, on_patches, outlier_patches, record, survey,
+from lab.survey import (OUTLIER_TAPS, at_triggers, group_shares, on_patches, record, survey,
                         token_groups, token_names, worst_dimension)
 from lab.tables import markdown, pictures_with, read_log
 from minq import flags
-from minq.quant import affine_parameters, value_range
 from minq.runs import open_run
 from minq.training import pick_device, to_device
 
-BATCHES = 16  # validation batches, unless told
+BATCHES = 16  # of the validation split, unless told
 
 
 @flags.one_line_errors
@@ -39,27 +39,25 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     flags.add_run_flags(parser, batches=None, seeds=None)
     add = parser.add_argument
-    add("--batches", type=flags.positive, dest="eval_batches", help="the same; here 16 by default")
     add("--layer", type=flags.positive, help="from 1; by default the one after the outliers")
     add("--head", type=flags.positive, help="from 1; by default that of the worst dimension")
-    add("--gates", action="store_true", help="also show that layer's gates, token by token")
     add("--curves", action="store_true", help="loss, norms and kurtosis of RUNs against steps")
-    add("--compare", action="store_true", help="one activation of two RUNs, and the 8-bit grid")
+    add("--by-trigger", action="store_true", help="attention where a head must copy, and elsewhere")
     add("--out", type=flags.place, help="folder of the pictures; by default figures/ in a RUN")
     args = parser.parse_args(argv)
-    mode = curves if args.curves else compare if args.compare else analyze
-    if args.curves and args.compare or not args.curves and len(args.runs) != 1 + args.compare:
-        raise flags.UserError("expected one RUN, two with --compare, or several with --curves")
-    unread = {curves: "layer head gates eval_batches data", compare: "head gates", analyze: ""}
-    for name in unread[mode].split():
+    mode = curves if args.curves else by_trigger if args.by_trigger else analyze
+    if mode is not curves and len(args.runs) > 1:
+        raise flags.UserError(f"RUN {args.runs[1]}: expected one RUN, or several with --curves")
+    unread = {curves: "layer head by_trigger eval_batches data", by_trigger: "layer head out"}
+    for name in unread.get(mode, "").split():
         if getattr(args, name):
-            raise flags.UserError(f"{flags.option(name)} changes nothing with --{mode.__name__}")
+            raise flags.UserError(f"{flags.option(mode.__name__)} reads no {flags.option(name)}")
 
     # ---- measure and print, write, draw ----
     numbers, pictures = mode(args)  # pictures: name -> (function of lab/figures.py, its arguments)
     if args.json:
         flags.write_atomically(args.json, json.dumps(numbers, default=lambda x: x.tolist()) + "\n")
-    if (figures := pictures_with()) is None:
+    if not pictures or (figures := pictures_with()) is None:
         return
     folder = Path(args.out or Path(args.runs[0], "figures"))
     with flags.writing(f"--out {folder}"):
@@ -75,33 +73,25 @@ def table(title, rows):
     print(f"\n{title}\n\n{markdown([{k: cell(x) for k, x in row.items()} for row in rows])}")
 
 
-def opened(args, name, family=None):
-    """An OpenedRun, which has the layer, head and gates that `args` ask for."""
-    run = open_run(name, pick_device(args.device), args.data, family)
-    heads, gates = run.model.config.heads, run.model.layers[0].attention.gate is not None
-    for flag, most in ("layer", len(run.model.layers)), ("head", heads), ("gates", gates):
-        if (getattr(args, flag) or 0) > most:
-            raise flags.UserError(f"--{flag} {getattr(args, flag)}: {name} has {int(most)}")
-    return run
-
-
 def analyze(args):
     """One run: where its outliers sit, which tokens carry them, what its heads do."""
-    run = opened(args, *args.runs)
-    name, config, tap = run.name, run.model.config, run.model.norm_tap
-    text, L, H = getattr(run.data, "text", None), config.layers, config.heads
+    (name,) = args.runs
+    run = open_run(name, pick_device(args.device), args.data)
+    config, tap, text = run.model.config, run.model.norm_tap, getattr(run.data, "text", None)
+    L, H = config.layers, config.heads
+    for flag, most in ("layer", L), ("head", H):
+        if (getattr(args, flag) or 0) > most:
+            raise flags.UserError(f"--{flag} {getattr(args, flag)}: {name} has {most}")
     names = token_names(text) if text else [*map(str, range(config.seq_len))]
     batches = run.validation(args.eval_batches or BATCHES)
     got = survey(run.model, batches, run.device, tap, text and len(names))
-    outliers, heads, carriers = (got[key] for key in ("outliers", "heads", "tokens_of_outliers"))
-    settings = run.checkpoint["args"] | flags.attention_settings(config)
-    print(f"{name}: {run.model.family}, {config.attention} attention, step {run.checkpoint['step']}"
-          f", on {got['samples']} validation samples of {config.seq_len} tokens.\nTrained with "
-          + ", ".join(f"{k} {x}" for k, x in settings.items() if str(x) not in ("None", "False") and
-                      (settings.get("fake_quant") or "_bits" not in k and "fake_quant" not in k)))
+    outliers, heads = got["outliers"], got["heads"]
+    settings = [f", {k} {x}" for k, x in flags.attention_settings(config).items() if x is not None]
+    print(f"{name}: {run.model.family}, {config.attention} attention{''.join(settings)}, "
+          f"step {run.checkpoint['step']}, on {got['samples']} validation samples")
 
     # ---- where outliers sit (Figures 1 and 8) ----
-    rows, pictures = [], {"norms": ("norms_by_layer", outliers, name)}
+    rows, pictures = [], {}
     for kind, x in outliers.items():
         pictures[f"outliers-{kind}"] = "histograms", x, f"{name}: {kind}"
         for layer in range(L):
@@ -117,58 +107,66 @@ def analyze(args):
 
     # ---- which tokens carry them ----
     if text:
-        what = f"outliers of {tap}"
-        if not carriers.any():
-            what, carriers = f"each sample's largest |x| of {tap}", got["tokens_of_peaks"]
         groups = token_groups(names, text.is_bytes)
-        shares, every = (group_shares(groups, x) for x in (carriers.sum(axis=0), got["tokens"]))
-        rows = [{"tokens": group, f"share of {what}": shares[group], "of all tokens": every[group]}
-                for group in sorted(shares, key=shares.get, reverse=True) if every[group]]
-        table("which tokens carry them", rows)
-        pictures["tokens"] = "shares", rows, name
-    elif outliers[tap]["by_position"].any():
-        pictures["patches"] = "patch_maps", on_patches(outliers[tap]["by_position"]), name
+        shares, every = (group_shares(groups, got[x]) for x in ("tokens_of_outliers", "tokens"))
+        table("which tokens carry them", [
+            {"tokens": x, f"share of outliers of {tap}": shares[x], "of all tokens": every[x]}
+            for x in sorted(shares, key=shares.get, reverse=True) if every[x]])
+    else:
+        layers = dict(enumerate(on_patches(outliers[tap]["by_position"]), 1))
+        pictures["patches"] = "maps", layers, "outliers per sample", f"{name}: {tap}, by layers"
 
     # ---- what heads do ----
     over_even = heads["attention"] / heads["even"]
-    table("what each head does, the most attention on one token first", [
+    table("what each head does, sorted by attention / even", [
         {"layer": at[0] + 1, "head": at[1] + 1, "sink": names[got["sinks"][at]]}
         | {key.replace("_", " "): x[at] for key, x in heads.items()}
         for at in sorted(np.ndindex(L, H), key=over_even.__getitem__, reverse=True)])
     print("\n" + __doc__.rpartition("\n\n")[2])
-    pictures["heads"] = "heads", heads, 1 / config.seq_len, f"{name}: heads, numbered layer.head"
-    if "pi" in heads:
-        pictures["gates"] = "gate_histograms", got["gate_counts"], f"{name}: gates"
+    pictures["heads"] = "heads", heads, f"{name}: heads, numbered layer.head"
 
     # ---- one head on two validation samples (Figures 2 and 3) ----
     source, dimension = worst_dimension(outliers[tap])
     layer = args.layer - 1 if args.layer else min(source + 1, L - 1)  # outliers act in the next one
-    owner = dimension * H // config.width
-    head = args.head - 1 if args.head else owner
+    head = args.head - 1 if args.head else dimension * H // config.width
     title, where = f"{name}: layer {layer + 1}, head {head + 1}", f"{tap} of layer {source + 1}"
-    print(f"{title} at work; the worst dimension of {where} is {dimension}, head {owner + 1}'s\n")
+    print(f"{title} at work; the worst dimension of {where} is {dimension}\n")
     batch, _ = to_device(next(run.validation()), run.device)
     inputs = batch[0][:2]  # without BERT's positions: they count through the whole batch
-    with record(run.model, ("probs", "values", "context", "gate_output", tap)) as kept:
+    with record(run.model, ("probs", "values", "context", tap)) as kept:
         run.model(inputs)
-    array = lambda x: x.float().cpu().numpy()
-    probs, values = array(kept["probs"][layer][:, head]), array(kept["values"][layer][:, head])
+    T, array = config.seq_len, lambda x: x.float().cpu().numpy()
+    probs = array(kept["probs"][layer][:, head, :, :T])  # what stands behind them is no token
+    values = array(kept["values"][layer][:, head, :T])
     product = array(kept["context"][layer].chunk(H, dim=-1)[head])  # (N, T, d_head)
-    pictures["magnitudes"] = "magnitudes", {where: array(kept[tap][source][0])}, name
+    x = {"tokens (down) and dimensions, from 0": array(kept[tap][source][0].abs())}
+    pictures["magnitudes"] = "maps", x, "|x|", f"{name}: {where}, one sample"
     if text:
         labels = [[names[i] for i in sequence] for sequence in inputs.tolist()]
         what = "probabilities × values" + " × gate" * ("pi" in heads)
-        for i, sequence in enumerate(zip(labels, probs, values, product)):
-            pictures[f"head-{i}"] = "head_on_text", *sequence, what, f"{title}, sequence {i}"
+        panels = {"attention": probs, "values": values, what: product}
     else:
-        labels, before = [names] * len(inputs), max(layer - 1, 0)  # whose output enters the layer
-        patches = outlier_patches(array(kept[tap][before]), values)
-        pictures["head"] = ("head_on_images", array(inputs.permute(0, 2, 3, 1)), *patches,
-                            on_patches(probs.sum(axis=1)), probs, f"{title}, outliers of {tap}")
-    for i, sequence in enumerate(labels if args.gates else ()):
-        pi = array(kept["gate_output"][layer][i].reshape(H, len(sequence), -1).mean(dim=-1))
-        pictures[f"gates-{i}"] = "gates_on_tokens", sequence, pi, f"{name}: layer {layer + 1} ({i})"
+        labels, peaks = None, kept[tap][max(layer - 1, 0)].abs().amax(dim=2)  # what enters
+        panels = {"image": array(inputs.permute(0, 2, 3, 1)), "attention": probs,
+                  f"largest |{tap}|": on_patches(array(peaks)),
+                  "attention, summed": on_patches(probs.sum(axis=1)),
+                  "norms of values": on_patches(np.linalg.norm(values, axis=2))}
+    pictures["head"] = "head", panels, title, labels
     return {"run": name} | got, pictures
+
+
+def by_trigger(args):
+    """A run on the backcopy task: what its heads attend to where they must copy, and elsewhere."""
+    run = open_run(*args.runs, pick_device(args.device), args.data, "opt")
+    if (data := args.data or run.checkpoint["args"]["data"]) != "backcopy":
+        raise flags.UserError(f"--by-trigger {run.name}: its data is {data}, not backcopy")
+    found = at_triggers(run.model, run.validation(args.eval_batches or BATCHES), run.device)
+    table(f"{run.name}: the mean probability of the start token and of the token before; pi", [
+        {"layer": layer + 1, "head": head + 1}
+        | {f"{where}: {key}": x[layer][head] for where, measures in found.items()
+           for key, x in measures.items()}
+        for layer, head in np.ndindex(run.model.config.layers, run.model.config.heads)])
+    return {"run": run.name} | found, {}
 
 
 def curves(args):
@@ -187,29 +185,6 @@ def curves(args):
         raise flags.UserError("--curves: text and images; expected runs with the same metric")
     table("over training, first → last evaluation (kurtosis is not excess)", rows)
     return runs, {"curves": ("curves", runs, "over training (kurtosis is not excess)")}
-
-
-def compare(args, bits=8):
-    """Two runs: an activation of the last validation batch, and the grid from its smallest to its
-    largest value. Norm and kurtosis are means over all batches."""
-    rows, x, grids, family, layer = [], {}, {}, None, args.layer and args.layer - 1
-    for name in args.runs:
-        run = opened(args, name, family)
-        family, tap = run.model.family, run.model.norm_tap
-        with record(run.model, (tap,)) as kept:
-            found = survey(run.model, run.validation(args.eval_batches or BATCHES), run.device, tap)
-        norms, kurtosis = (found["outliers"][tap][key] for key in ("inf_norm", "kurtosis"))
-        layer = int(np.argmax(norms)) if layer is None else layer
-        values = kept[tap][layer].float().cpu()  # (B, T, d)
-        scale, zero_point = (n.item() for n in affine_parameters(*value_range(values), bits))
-        levels = 1 + np.ptp((np.percentile(values, (0.5, 99.5)) / scale).round())
-        rows.append({"run": name, "inf norm": norms[layer], "grid step": scale,
-                     "kurtosis (not excess)": kurtosis[layer], "levels for the middle 99%": levels})
-        x[name], grids[name] = values.numpy(), (scale, zero_point)
-    title = f"{tap} of layer {layer + 1}"
-    table(f"{title}, and a grid of {bits} bits from its smallest to its largest value", rows)
-    return rows, {"grids": ("grids", {name: x[name].ravel() for name in x}, grids, bits, title),
-                  "magnitudes": ("magnitudes", {name: x[name][0] for name in x}, title)}
 
 
 if __name__ == "__main__":

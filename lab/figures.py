@@ -1,7 +1,7 @@
 """The paper's figures: arrays in, a matplotlib Figure out. Knows no model; nothing else in this
 project imports matplotlib (pip install -e '.[plots]').
 
-    figures.histograms(by_position, by_dimension, "outliers", "runs/mine").savefig("outliers.png")
+    figures.maps({"a sample": abs(x)}, "|x|", "runs/mine").savefig("magnitudes.png")
 
 Arrays count layers and heads from 0, the pictures from 1. Positions and dimensions are zero-based
 in both, as in the paper. Colours are Okabe and Ito's, told apart with any colour vision (lines by
@@ -16,9 +16,10 @@ import numpy as np
 COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
     "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
 AMOUNT, SIGNED = "viridis", "PuOr"  # colour maps: from 0 up, and symmetric about 0
-MOST_LABELS = 64                    # more characters than that on an axis cannot be read
-STYLE = {"font.size": 8, "axes.titlesize": 9, "axes.labelsize": 9, "legend.frameon": False,
-         "axes.spines.top": False, "axes.spines.right": False, "image.interpolation": "nearest",
+MOST_LABELS = 32                    # more than that cannot be read
+STYLE = {"font.size": 11, "axes.titlesize": 11, "text.parse_math": False,
+         "legend.frameon": False, "axes.spines.top": False, "axes.spines.right": False,
+         "image.interpolation": "nearest", "image.aspect": "auto",
          "axes.prop_cycle": matplotlib.cycler(color=COLOURS, linestyle="- -- -. : - -- -.".split())}
 
 
@@ -28,7 +29,7 @@ def sheet(title, rows, columns, width, height, used=None, **options):
     and height in inches, `used`: how many of the axes are."""
     with matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
-        figure.suptitle(title, fontsize=10, parse_math=False)
+        figure.suptitle(title, fontsize=12)
         axes = figure.subplots(rows, columns, squeeze=False, **options)
         for ax in axes.flat[used or rows * columns:]:
             ax.set_axis_off()
@@ -53,149 +54,79 @@ def histograms(outliers, title):
     """Outliers (survey's, of one tap) by position and by dimension, a row per layer; each column on
     one scale. Where there are none in any layer, the largest |x| stand in for them."""
     layers, some = len(outliers["by_position"]), outliers["by_position"].any()
-    with sheet(title, layers, 2, 9, 1 + 1.1 * layers, sharex="col", sharey="col") as (figure, axes):
+    size = 9, 1.2 + 1.3 * layers
+    with sheet(title, layers, 2, *size, sharex="col", sharey="col") as (figure, axes):
         for column, name, colour in zip(axes.T, ("position", "dimension"), (BLUE, GREEN)):
             counts = outliers[f"by_{name}" if some else f"peak_by_{name}"]
             for layer, (ax, x) in enumerate(zip(column, counts)):
                 ax.stairs(x, np.arange(len(x) + 1) - 0.5, fill=True, color=colour, linewidth=0.5)
                 ax.set_ylim(0, 1.05 * above_zero(counts))
-                what = f"most at {np.argmax(x)}" if np.max(x) > 0 else "none"
-                ax.set_title(f"layer {layer + 1}: {what}", fontsize=8, loc="right", pad=2)
+                most = f": {x.max() / x.sum():.0%} at {x.argmax()}" if some and x.any() else ""
+                ax.set_title(f"layer {layer + 1}{most}", loc="right", pad=2)
             ax.set_xlabel(f"{name} (from 0)")
-        figure.supylabel("outliers per sample" if some else "no outliers: largest |x|", fontsize=9)
+        figure.supylabel("outliers per sample" if some else "no outliers: largest |x|")
     return figure
 
 
-def norms_by_layer(outliers, title):
-    """Infinity norm (8a) and kurtosis (not excess) of each layer: {tap: survey's outliers}."""
-    layers = lambda x: [f"{layer + 1}" for layer in range(len(x))]
-    return curves({tap: {key: (layers(x[key]), x[key]) for key in ("inf_norm", "kurtosis")}
-                   for tap, x in outliers.items()}, f"{title} (kurtosis is not excess)", "layer")
-
-
-def shares(rows, title):
-    """Of groups of tokens, their shares of the outliers and of all tokens: rows of dicts, each a
-    group's name and its shares."""
-    groups, *columns = zip(*(row.values() for row in rows))
-    y, bars = np.arange(len(groups)), zip([*rows[0]][1:], columns, (BLUE, ORANGE), ("", "///"))
-    with sheet(title, 1, 1, 7, 1.2 + 0.4 * len(rows)) as (figure, axes):
-        ax = axes[0, 0]
-        for i, (name, x, colour, hatch) in enumerate(bars):
-            ax.barh(y + 0.4 * i - 0.2, x, 0.4, color=colour, hatch=hatch, label=name)
-        ax.set(yticks=y, yticklabels=groups, xlabel="share")
-        ax.invert_yaxis()
-        ax.legend()
-    return figure
-
-
-def maps(panels, label, title, columns=1, width=9, height=2.4, **options):
-    """Heatmaps {name: (rows, columns)} in one scale from 0; height: of one, in inches."""
+def maps(panels, label, title):
+    """Heatmaps {name: (rows, columns)} in one scale from 0."""
+    columns = min(4, len(panels))
     rows = math.ceil(len(panels) / columns)
-    with sheet(title, rows, columns, width, 0.7 + rows * height, len(panels)) as (figure, axes):
+    with sheet(title, rows, columns, 9, 0.7 + 2.5 * rows, len(panels)) as (figure, axes):
         largest = above_zero([np.max(x) for x in panels.values()])
         for ax, (name, x) in zip(axes.flat, panels.items()):
-            picture = ax.imshow(x, aspect="auto", cmap=AMOUNT, vmin=0, vmax=largest)
-            ax.set(title=name, **options)
+            picture = ax.imshow(x, AMOUNT, vmin=0, vmax=largest)
+            ax.set_title(name)
         figure.colorbar(picture, ax=axes, label=label)
     return figure
 
 
-def patch_maps(counts, title):
-    """Outliers per sample over the image, for each layer: (L, rows, columns) (8c)."""
-    panels, n = {f"layer {layer + 1}": x for layer, x in enumerate(counts)}, min(4, len(counts))
-    return maps(panels, "outliers", title, n, 2.3 * n + 0.8, 2.3, xticks=[], yticks=[])
-
-
-def magnitudes(activations, title):
-    """|x| of one sample over channels and tokens, {name: (T, d)} (blog, Figure 1)."""
-    panels = {name: np.abs(x) for name, x in activations.items()}
-    return maps(panels, "|x|", title, xlabel="hidden dimension (from 0)", ylabel="token position")
-
-
 # ---- what a head does (Figures 2, 3, 9-14) ----
 
-def label_tokens(axis, labels):
-    step = math.ceil(len(labels) / MOST_LABELS)
-    axis.set_ticks(range(0, len(labels), step), labels[::step], fontsize=5.5, parse_math=False)
-    for label in axis.get_ticklabels() if axis.axis_name == "x" else ():
-        label.set_rotation(90 if len(label.get_text()) > 1 else 0)
-
-
-def head_on_text(labels, probs, values, product, product_name, title):
-    """Attention probabilities (T, T), values and product (T, d_head) of a sequence, the two in one
-    scale (Figure 2)."""
-    largest = above_zero(np.abs((values, product)))
-    panels = ((probs, "attention probabilities", AMOUNT, 0, above_zero(probs)),
-              (values, "values", SIGNED, -largest, largest),
-              (product, product_name, SIGNED, -largest, largest))
-    with sheet(title, 1, 3, 11, 6.4, width_ratios=(2, 1, 1)) as (figure, axes):
-        for ax, (x, name, colours, low, high) in zip(axes[0], panels):
-            picture = ax.imshow(x, colours, aspect="auto", vmin=low, vmax=high)
-            ax.set(title=name, xlabel="dimension of the head (from 0)", yticks=[])
-            if name != "values":  # its neighbour has the same scale
-                figure.colorbar(picture, ax=ax, location="right", shrink=0.6, aspect=30)
-        axes[0, 0].set(xlabel="attended to (key)", ylabel="attends (query)")
-        for axis in (axes[0, 0].xaxis, axes[0, 0].yaxis, axes[0, 1].yaxis):
-            label_tokens(axis, labels)
-    return figure
-
-
-def head_on_images(images, outliers, outlier_name, magnitudes, cumulative, probs, title):
-    """A row per image: the image (N, h, w, 3), outliers and cumulative attention over patches
-    (N, rows, columns), probabilities (N, T, T), and the mean |value| of the patches with outliers
-    and of the others (N, 2), NaN where there is none (Figure 3)."""
-    with sheet(title, len(images), 5, 11, 0.6 + 2.1 * len(images)) as (figure, axes):
-        for ax, name in zip(axes[0], ("(a) image", f"(b) {outlier_name}", "(c) attention, summed",
-                                      "(d) attention probabilities", "(e) mean |value|")):
-            ax.set_title(name, fontsize=8)
-        for row, line in enumerate(axes):
-            for ax, arrays in zip(line, (images, outliers, cumulative, probs)):
-                picture = ax.imshow(arrays[row], AMOUNT, vmin=0, vmax=above_zero(arrays[row]))
+def head(panels, title, labels=None):
+    """A head on N samples, a row per sample, of panels {name: (N, rows, columns)}. The first is of
+    pairs of tokens, if there are N lists of tokens, `labels`. Panels with negative values have one
+    scale, each other one has its own (Figures 2 and 3)."""
+    signed = above_zero([np.abs(x).max() for x in panels.values() if np.min(x) < 0] or 0)
+    rows = len(next(iter(panels.values())))
+    with sheet(title, rows, len(panels), 9, 0.5 + 12 / len(panels) * rows) as (figure, axes):
+        for column, (name, arrays) in zip(axes.T, panels.items()):
+            low = -signed if np.min(arrays) < 0 else 0
+            high = -low or above_zero(arrays)
+            for ax, x in zip(column, arrays):
+                picture = ax.imshow(x, SIGNED if low else AMOUNT, vmin=low, vmax=high)
                 ax.set(xticks=[], yticks=[])
-                if arrays is not images:
-                    figure.colorbar(picture, ax=ax, shrink=0.7)
-            line[3].set(xlabel="key", ylabel="query")
-            line[4].bar((outlier_name, "others"), magnitudes[row], color=(RED, BLUE))
-            line[4].set_ylim(0, 1.1 * above_zero(np.nan_to_num(magnitudes)))
-    return figure
-
-
-def gates_on_tokens(labels, gates, title):
-    """Which tokens heads gate off: pi (H, T)."""
-    figure = maps({"": gates}, "gate π", title, 1, 11, 0.5 + 0.3 * len(gates), xlabel="token",
-                  ylabel="head", yticks=range(len(gates)), yticklabels=range(1, len(gates) + 1))
-    label_tokens(figure.axes[0].xaxis, labels)
+            column[0].set_title(name)
+            figure.colorbar(picture, ax=column, location="bottom")
+        for ax, tokens in zip(axes[:, 0], labels or ()):
+            shown = range(0, len(tokens), math.ceil(len(tokens) / MOST_LABELS))
+            for axis in ax.xaxis, ax.yaxis:
+                axis.set_ticks(shown, [tokens[i] for i in shown], fontsize=8)
+            ax.set(xlabel="attended to (key)", ylabel="attends (query)")
     return figure
 
 
 # ---- the mechanism ----
 
-def heads(measures, even, title):
-    """Each head a point, numbered layer.head: a sink that takes all, with a value near nothing, is
-    a head that does nothing. survey's measures, (L, H) each; `even`: even attention's sink rate."""
-    rate, value, spread = (measures[key] for key in ("attention", "sink_value", "score_range"))
-    with sheet(title, 1, 1, 7, 4.6) as (figure, axes):
+def heads(measures, title):
+    """Each head a point, with a line from even attention: survey's measures, (L, H) each. To the
+    right and at the bottom, a head gives its attention to a token that has next to no value.
+    Those that park, or are few, are numbered layer.head."""
+    keys = "attention", "even", "sink_value", "score_range"
+    attention, even, value, spread = map(measures.get, keys)
+    with sheet(title, 1, 1, 9, 6) as (figure, axes):
         ax = axes[0, 0]
-        points = ax.scatter(rate, value, 45, np.ravel(spread), cmap=AMOUNT, vmin=0, edgecolor="k")
-        for layer, head in np.ndindex(rate.shape):
-            ax.text(rate[layer, head], value[layer, head], f"   {layer + 1}.{head + 1}", fontsize=7)
-        ax.axvline(even, color="grey", linestyle=":", label="even attention")
-        ax.axhline(1, color="grey", linestyle="--", label="a value of mean norm")
-        ax.set(xlabel="sink rate: share of attention on the most-attended token (log scale)",
-               ylabel="norm of its value / mean norm", ylim=(0, 1.1 * above_zero(value)),
-               xscale="log", xlim=(min([even, *rate[rate > 0]]) / 1.1, 1.1))
-        plain_log_ticks(ax.xaxis)
+        ax.hlines(value, even, attention, "grey", linewidth=1, label="from even attention")
+        points = ax.scatter(attention, value, 60, spread, cmap=AMOUNT, edgecolor="k", zorder=2,
+                            vmin=0, vmax=above_zero(np.percentile(spread, 90)))
+        for layer, head in np.argwhere(measures["parks"] | (value.size <= MOST_LABELS)):
+            ax.text(attention[layer, head], value[layer, head], f"  {layer + 1}.{head + 1}")
+        ax.axvline(0.3, color="grey", linestyle=":", label="no head parks left of it")
+        ax.set(xlabel="attention on the most-attended token", xlim=(0, 1),
+               ylabel="norm of its value / mean norm", ylim=(0, 1.1 * above_zero(value)))
         figure.legend(loc="outside lower center", ncols=2)
-        figure.colorbar(points, ax=ax, label="softmax input range")
+        figure.colorbar(points, ax=ax, label="softmax input range", extend="max")
     return figure
-
-
-def gate_histograms(counts, title):
-    """How open the gates are: (L, H, bins), counts over [0, 1]; a panel per layer."""
-    middles = (np.arange(counts.shape[2]) + 0.5) / counts.shape[2]
-    return curves({f"head {head + 1}": {f"layer {layer + 1}: tokens": (middles, x[head])
-                                        for layer, x in enumerate(counts)}
-                   for head in range(counts.shape[1])}, title, "gate π")
 
 
 def damage(kinds, sqnr, title):
@@ -203,7 +134,7 @@ def damage(kinds, sqnr, title):
     layers = range(sqnr.shape[1])
     with sheet(title, 1, 1, 3 + 0.6 * len(layers), 1.5 + 0.3 * len(kinds)) as (figure, axes):
         ax = axes[0, 0]
-        image = ax.imshow(sqnr, AMOUNT, aspect="auto", vmin=0, vmax=50)
+        image = ax.imshow(sqnr, AMOUNT, vmin=0, vmax=50)
         for (kind, layer), value in np.ndenumerate(sqnr):
             ax.text(layer, kind, f"{value:.0f}", ha="center", va="center",
                     color="white" if value < 25 else "black")
@@ -214,31 +145,6 @@ def damage(kinds, sqnr, title):
 
 
 # ---- several runs ----
-
-def grids(values, parameters, n_bits, title):
-    """Histograms of one tap, {run: (N,)}, a column per run, and the grid of {run: (scale, zero
-    point)} over them.
-
-    Above all values; below those within 16 of the finer grid's steps of 0. Rows share their axes:
-    one sees the same distance cut into fewer steps.
-    """
-    bins = np.histogram_bin_edges(np.concatenate([*values.values()]), 96)
-    near = 16 * min(scale for scale, _ in parameters.values())
-    with sheet(title, 2, len(values), 9, 5.5, sharex="row", sharey="row") as (figure, axes):
-        for (whole, zoom), (name, x) in zip(axes.T, values.items()):
-            scale, zero_point = parameters[name]
-            points = scale * (np.arange(2 ** n_bits) - zero_point)
-            shown = points[np.abs(points) <= near]
-            whole.hist(x, bins, color=SKY, log=True)
-            whole.vlines(points[::16], 0, 0.1, RED, transform=whole.get_xaxis_transform())
-            whole.set(title=f"{name}\nstep {scale:.3g}; every 16th grid point in red")
-            zoom.hist(x, np.linspace(-near, near, 97), color=SKY)
-            zoom.vlines(shown, 0, 1, RED, transform=zoom.get_xaxis_transform(), linewidth=0.7)
-            zoom.set(title=f"near 0: {len(shown)} of {2 ** n_bits} grid points", xlabel="value",
-                     xlim=(-near, near))
-        figure.supylabel("values (above: log scale)", fontsize=9)
-    return figure
-
 
 def curves(runs, title, xlabel="step"):
     """{run: {quantity: (x, values)}}: a panel per quantity, a line per run (blog, Figures 3, 5 and

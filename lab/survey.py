@@ -13,12 +13,12 @@ from string import ascii_letters, digits, punctuation
 import numpy as np
 import torch
 
+from minq.data import BACKCOPY_TRIGGERS
 from minq.outliers import Averages, is_outlier, listening, norms_and_kurtosis
 from minq.training import to_device
 
 OUTLIER_TAPS = ("ffn_output", "layer_output")
 HEAD_TAPS = ("probs", "scores", "values", "gate_output")  # as head_measures takes them
-GATE_BINS = 20
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper's: [SEP] "." ","
 
@@ -62,8 +62,9 @@ def parking(probs, values, causal=False):
     even         the same average where each query gives 1 / n to each of its n tokens: 1 / T, or
                  causally the mean of 1 / t over the rows t (from 1) that see the sink, and 0 in
                  the others. At T = 32 it is 0.127 for the first token.
-    update       the mean norm of probabilities times values, before the gate, divided by the mean
-                 norm of the values
+    sink_value   the norm of the sink's value, divided by the mean norm of all tokens' values
+    update       the mean norm of probabilities times values, before the gate, divided by that mean
+                 norm
     even_update  the same where each query averages its n values evenly and these are independent:
                  the mean of 1 / sqrt(n) over queries
     """
@@ -71,9 +72,12 @@ def parking(probs, values, causal=False):
     allowed = probs.new_ones(T, T).tril(0 if causal else T)
     n = allowed.sum(dim=1, keepdim=True)  # (T, 1), tokens that a query sees
     attention, sink = probs[..., :T].mean(dim=2).max(dim=-1)
-    update = (probs @ values).norm(dim=-1).mean(dim=-1) / mean_norm(values[:, :, :T])
-    return {"attention": attention, "even": (allowed / n).mean(dim=0)[sink], "update": update,
-            "even_update": n.rsqrt().mean().expand_as(update)}, sink
+    norms = values[:, :, :T].norm(dim=-1)  # (B, H, T)
+    mean_norm = norms.mean(dim=-1).clamp(min=torch.finfo(norms.dtype).tiny)  # a head may hold zeros
+    return {"attention": attention, "even": (allowed / n).mean(dim=0)[sink],
+            "sink_value": norms.gather(-1, sink[..., None])[..., 0] / mean_norm,
+            "update": (probs @ values).norm(dim=-1).mean(dim=-1) / mean_norm,
+            "even_update": n.rsqrt().mean().expand_as(mean_norm)}, sink
 
 
 def parks(attention, even):
@@ -82,16 +86,10 @@ def parks(attention, even):
     return (attention > 0.3) & (attention > 2 * even)
 
 
-def mean_norm(values):
-    """(B, H, T, d_head) -> (B, H), above 0 even where a head has nothing to hand on."""
-    return values.norm(dim=-1).mean(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-
-
 def head_measures(probs, scores, values, gate=None, causal=False):
     """What each head of a layer does, (B, H) each, and the position of each sample's sink, (B, H):
     `parking`'s measures, and
 
-    sink_value   the norm of the sink's value vector, divided by the mean norm over all tokens
     zeros, ones  the fraction of probabilities that are exactly 0 and exactly 1. Those that a causal
                  mask forbids do not count, nor does the first causal query, which has no choice
     score_range  a query's largest minus its smallest softmax input, unmasked ones only; mean over
@@ -100,15 +98,13 @@ def head_measures(probs, scores, values, gate=None, causal=False):
     """
     measures, sink = parking(probs, values, causal)
     T = probs.shape[2]  # what stands behind them is no token
-    probs, scores, values = probs[..., :T], scores[..., :T], values[:, :, :T]
+    probs, scores = probs[..., :T], scores[..., :T]
     allowed = torch.ones(T, T, dtype=torch.bool, device=probs.device).tril(0 if causal else T)
     possible = probs[..., allowed & (allowed.sum(dim=1, keepdim=True) > 1)]  # (B, H, n)
     highest = scores.masked_fill(~allowed, -torch.inf).amax(dim=-1)  # (B, H, T)
     lowest = scores.masked_fill(~allowed, torch.inf).amin(dim=-1)
-    length = values.norm(dim=-1).gather(-1, sink[..., None])[..., 0]
     zeros, ones = ((possible == end).float().mean(dim=-1) for end in (0, 1))
-    measures |= {"sink_value": length / mean_norm(values), "zeros": zeros, "ones": ones,
-                 "score_range": (highest - lowest).mean(dim=-1)}
+    measures |= {"zeros": zeros, "ones": ones, "score_range": (highest - lowest).mean(dim=-1)}
     return measures | ({} if gate is None else {"pi": gate.flatten(2).mean(dim=-1)}), sink
 
 
@@ -121,18 +117,15 @@ def survey(model, batches, device, tap, vocab_size=None):
     samples                 how many
     outliers[tap][measure]  outlier_measures, (L, ...), means over samples
     heads[measure]          head_measures, (L, H), means over samples; "parks": bool
-    gate_counts             (L, H, GATE_BINS), a histogram of pi from 0 to 1; None without gates
     sinks                   (L, H), the token id that is most often the sink
     tokens                  (n,), how often each token id occurred
-    tokens_of_outliers      (L, n), outliers at each token id, in `tap`
-    tokens_of_peaks         (L, n), how often each token id held its sample's largest |x|, in `tap`
+    tokens_of_outliers      (n,), outliers at each token id, in all layers' `tap`
 
     tap: ffn_output or layer_output. Token ids are those of the text, or, without `vocab_size`
     (images), positions.
     """
     L, H, n = len(model.layers), model.config.heads, vocab_size or model.config.seq_len
-    tokens, of_outliers, of_peaks = np.zeros(n), np.zeros((L, n)), np.zeros((L, n))
-    sinks, gate_counts = np.zeros((L, H, n)), np.zeros((L, H, GATE_BINS))
+    tokens, of_outliers, sinks = np.zeros(n), np.zeros(n), np.zeros((L, H, n))
     averages = Averages(dict.fromkeys((*OUTLIER_TAPS, "heads"), L))
     with record(model, (*OUTLIER_TAPS, *HEAD_TAPS)) as kept:
         for batch in batches:
@@ -145,24 +138,45 @@ def survey(model, batches, device, tap, vocab_size=None):
                 for name in OUTLIER_TAPS:
                     averages.add(name, layer, outlier_measures(kept[name][layer]), B)
                 sample, position, _ = is_outlier(kept[tap][layer]).nonzero(as_tuple=True)
-                of_outliers[layer] += count(ids[sample, position, None], n)[0]
-                peak = kept[tap][layer].abs().amax(dim=2).argmax(dim=1, keepdim=True)  # (B, 1)
-                of_peaks[layer] += count(ids.gather(1, peak), n)[0]
-
+                of_outliers += count(ids[sample, position, None], n)[0]
                 tensors = [kept[name][layer] for name in HEAD_TAPS]
                 measures, sink = head_measures(*tensors, model.config.causal)
                 averages.add("heads", layer, measures, B)
                 sinks[layer] += count(ids.gather(1, sink), n)
-                if (pi := kept["gate_output"][layer]) is not None:
-                    bins = (GATE_BINS * pi).long().clamp(max=GATE_BINS - 1)
-                    gate_counts[layer] += count(bins, GATE_BINS)
     means = {name: {measure: np.array(x, np.float32) for measure, x in measures.items()}
              for name, measures in averages.mean.items()}
     heads = means.pop("heads")
-    heads["parks"] = parks(heads["attention"], heads["even"])
+    heads = {"parks": parks(heads["attention"], heads["even"])} | heads
     return {"samples": averages.counts["heads"][0], "heads": heads, "outliers": means,
-            "sinks": sinks.argmax(axis=-1), "tokens": tokens, "tokens_of_outliers": of_outliers,
-            "tokens_of_peaks": of_peaks, "gate_counts": gate_counts if gate_counts.any() else None}
+            "sinks": sinks.argmax(axis=-1), "tokens": tokens, "tokens_of_outliers": of_outliers}
+
+
+@torch.no_grad()
+def at_triggers(model, batches, device):
+    """What heads of an OPT attend to in the backcopy task: {"at triggers" or "elsewhere": {measure:
+    [layer][head]}}, means over the queries of `batches`.
+
+    A query at a trigger has work to do: the next token is a copy of the one before it (but for two
+    in 256, where a chain begins or ends). All others follow from the query's own token. The first
+    two queries are left out, for which the token before is the start token, or none.
+
+    start, before    probability of the start token, and of the token before the query
+    pi               the gate, where there is one
+    """
+    averages = Averages(dict.fromkeys(("at triggers", "elsewhere"), len(model.layers)))
+    with record(model, ("probs", "gate_output")) as kept:
+        for batch in batches:
+            (tokens,), _ = to_device(batch, device)
+            model(tokens)
+            triggers = tokens[:, 2:] < BACKCOPY_TRIGGERS  # (B, T - 2)
+            for layer, (probs, pi) in enumerate(zip(*kept.values())):
+                seen = {"start": probs[..., 2:, 0], "before": probs.diagonal(-1, 2, 3)[..., 1:]}
+                if pi is not None:
+                    seen["pi"] = pi.reshape(*probs.shape[:3], -1).mean(dim=-1)[..., 2:]
+                for name, places in ("at triggers", triggers), ("elsewhere", ~triggers):
+                    measures = {key: x.transpose(1, 2)[places] for key, x in seen.items()}  # (n, H)
+                    averages.add(name, layer, measures, places.sum().item())
+    return averages.mean
 
 
 def count(ids, n):
@@ -216,19 +230,3 @@ def group_shares(groups, counts):
 def on_patches(positions):
     """(N, T) -> (N, rows, columns): tokens back in their places in the image, without [CLS]."""
     return positions[:, 1:].reshape(len(positions), round((positions.shape[1] - 1) ** 0.5), -1)
-
-
-def outlier_patches(x, values):
-    """What Figure 3 shows of N images: x (N, T, d) has the outliers, values (N, T, d_head) are a
-    head's. Returns a map (N, rows, columns), what it shows, and the mean |value| of those patches
-    and of the others (N, 2); NaN is a mean of nothing.
-
-    Where no image has an outlier, the map is the largest |x|, and its largest patch stands in.
-    """
-    outliers = is_outlier(torch.from_numpy(x)).sum(dim=2).numpy()  # (N, T)
-    peaks, found = np.abs(x).max(axis=2), outliers[:, 1:].any()
-    marked = outliers > 0 if found else peaks == peaks[:, 1:].max(axis=1, keepdims=True)
-    means = [[size[1:][part[1:]].mean() if part[1:].any() else np.nan for part in (mark, ~mark)]
-             for size, mark in zip(np.abs(values).mean(axis=2), marked)]
-    name, shown = ("outliers", outliers) if found else ("largest |x|", peaks)
-    return on_patches(shown), name, np.array(means)

@@ -21,6 +21,7 @@ IGNORE = -100            # a label that is not predicted (cross_entropy's defaul
 VALIDATION_SHARE = 0.1   # the last tenth of a text; of an array of images a tenth
 BYTES = 256
 BACKCOPY_SYMBOLS = 64
+BACKCOPY_TRIGGERS = 3
 ENWIK8 = ("http://mattmahoney.net/dc/enwik8.zip",  # 100 MB of Wikipedia
           "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc")
 
@@ -104,7 +105,7 @@ def stdlib_source():
     return b"\n".join(path.read_bytes().replace(b"\r\n", b"\n") for path in paths)
 
 
-def bigram_backcopy(chains=16_384, length=256, triggers=3, seed=0):
+def bigram_backcopy(chains=16_384, length=256, triggers=BACKCOPY_TRIGGERS, seed=0):
     """The Bigram-Backcopy task (Guo et al., "Active-Dormant Attention Heads"), uint8.
 
     Symbols are the most frequent bytes of the standard library, 0 the most frequent, and follow its

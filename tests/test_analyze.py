@@ -13,7 +13,7 @@ from lab import survey
 from minq.data import load_text
 from minq.outliers import is_outlier
 from minq.runs import open_run
-from running import ROOT, SMALL_VIT, logged, run
+from running import ROOT, SMALL, SMALL_VIT, logged, run
 from small import inputs, small
 
 CPU, ZOO = torch.device("cpu"), ROOT / "zoo"
@@ -90,30 +90,45 @@ def test_survey_equals_a_loop_over_single_sequences(family):
     batches = [((text[:4],), text[:4]), ((text[4:],), text[4:])]
     found = survey.survey(model, batches, CPU, "ffn_output", 260)
     means = {"by_dimension": np.zeros((2, 32)), "attention": np.zeros((2, 4)), "zeros": 0}
-    by_token, peaks = np.zeros((2, 2, 260))
-    sinks, gates = np.zeros((2, 4, 260)), np.zeros((2, 4, 20))
+    by_token, sinks = np.zeros(260), np.zeros((2, 4, 260))
     for sequence, layer in ((sequence, layer) for sequence in text for layer in range(2)):
-        with survey.record(model, ("ffn_output", "probs", "gate_output")) as kept:
+        with survey.record(model, ("ffn_output", "probs")) as kept:
             model(sequence[None])
         x, share = kept["ffn_output"][layer][0], kept["probs"][layer][0].mean(dim=1)  # (T, d)
         for t, dimension in is_outlier(x[None])[0].nonzero().tolist():
             means["by_dimension"][layer, dimension] += 1 / 7
-            by_token[layer, sequence[t]] += 1
+            by_token[sequence[t]] += 1
         means["attention"][layer] += share.amax(dim=1).numpy() / 7
-        peaks[layer, sequence[x.abs().amax(dim=1).argmax()]] += 1
         for head in range(4):
             sinks[layer, head, sequence[share[head].argmax()]] += 1
-            pi = kept["gate_output"][layer][0, head]
-            gates[layer, head] += np.histogram(pi, bins=20, range=(0, 1))[0]
     outliers = found["outliers"]["ffn_output"]
     assert means["by_dimension"][0, 7] == means["by_dimension"].sum() >= 1
     for name, expected in means.items():
         np.testing.assert_allclose((outliers | found["heads"])[name], expected, rtol=1e-5)
     counts = {"samples": 7, "tokens": np.bincount(text.flatten(), minlength=260),
-              "tokens_of_outliers": by_token, "tokens_of_peaks": peaks,
-              "sinks": sinks.argmax(axis=-1), "gate_counts": gates}
+              "tokens_of_outliers": by_token, "sinks": sinks.argmax(axis=-1)}
     assert all(np.array_equal(found[name], expected) for name, expected in counts.items())
     assert survey.worst_dimension(outliers) == (0, 7)
+
+
+@pytest.mark.parametrize("attention", ["vanilla", "gated", "kv-bias", "elementwise-gate"])
+@torch.no_grad()
+def test_work_is_at_triggers(attention):
+    model = small("opt", attention=attention, init_std=0.2, vocab_size=68).eval()
+    tokens = torch.randint(6, (5, 12), generator=torch.Generator().manual_seed(0))
+    found = survey.at_triggers(model, [((x,), x) for x in (tokens[:2], tokens[2:])], CPU)
+    with survey.record(model, ("probs", "gate_output")) as kept:
+        model(tokens)
+    for name, work in ("at triggers", True), ("elsewhere", False):
+        places = [(b, t) for b in range(5) for t in range(2, 12) if (tokens[b, t] < 3) == work]
+        for layer, head in np.ndindex(2, 4):
+            p, pi = kept["probs"][layer][:, head], kept["gate_output"][layer]
+            expected = {"start": [p[b, t, 0] for b, t in places],
+                        "before": [p[b, t, t - 1] for b, t in places]}
+            if attention.endswith(("gate", "gated")):
+                expected["pi"] = [pi[b, head, t].mean() for b, t in places]
+            measured = {key: x[layer][head] for key, x in found[name].items()}
+            assert measured == pytest.approx({k: np.mean(x) for k, x in expected.items()}, rel=1e-4)
 
 
 def test_outliers_by_position_and_dimension():
@@ -151,18 +166,6 @@ def test_groups_of_tokens_and_their_shares(corpus):
     assert set(survey.group_shares(groups, np.zeros(260)).values()) == {0}
 
 
-def test_outlier_patches():
-    x = np.random.default_rng(0).normal(size=(2, 17, 40)).astype(np.float32)
-    values = np.ones((2, 17, 8), np.float32)
-    values[0, 1 + 6], x[0, 1 + 6, 3] = 0.25, 5  # the largest, but no outlier
-    picture, name, means = survey.outlier_patches(x, values)
-    assert name == "largest |x|" and picture[0, 1, 2] == 5 and means[0].tolist() == [0.25, 1]
-    x[0, 1 + 6, 3] = 100
-    picture, name, means = survey.outlier_patches(x, values)
-    assert name == "outliers" and picture[0, 1, 2] == picture.sum() == 1
-    np.testing.assert_array_equal(means, [[0.25, 1], [np.nan, 1]])  # the second image has none
-
-
 # ---- the figures ----
 
 lines = lambda ax: {line.get_label(): [*map(tuple, line.get_xydata())] for line in ax.lines}
@@ -178,81 +181,64 @@ def test_histograms_show_the_counts():
     expected = [x[layer].tolist() for layer in range(3) for x in counts.values()]
     assert shown(figure) == expected and figure.get_supylabel() == "outliers per sample"
     assert [ax.get_title(loc="right") for ax in figure.axes] == [
-        "layer 1: most at 1", "layer 1: most at 2", "layer 2: most at 1", "layer 2: most at 3",
-        "layer 3: none", "layer 3: none"]  # layers from 1, positions and dimensions from 0
+        "layer 1: 67% at 1", "layer 1: 100% at 2", "layer 2: 83% at 1", "layer 2: 100% at 3",
+        "layer 3", "layer 3"]  # layers from 1, positions and dimensions from 0
     assert figure.axes[0].get_ylim() == pytest.approx((0, 5.25))  # nothing is cut off
     peaks = {f"peak_{name}": x for name, x in counts.items()}
     figure = figures.histograms(peaks | {name: 0 * x for name, x in counts.items()}, "run")
     assert shown(figure) == expected and figure.get_supylabel() == "no outliers: largest |x|"
 
 
-def test_lines_and_bars_show_the_values():
+def test_lines_show_the_values():
     series = {"perplexity": ([1, 2], [9, 8]), "loss": ([1, 2], [3, 2])}
     left, right = figures.curves({"a": series, "b": series}, "runs").axes
     assert lines(left) == {"a": [(1, 9), (2, 8)], "b": [(1, 9), (2, 8)]}
     assert (left.get_title(), right.get_title()) == ("perplexity (log scale)", "loss")
     assert (left.get_yscale(), right.get_yscale()) == ("log", "linear")
 
-    rows = [{"tokens": "space", "outliers": 9, "all": 2}, {"tokens": "x", "outliers": 1, "all": 8}]
-    (ax,) = figures.shares(rows, "run").axes
-    bars = {x.get_label(): [bar.get_width() for bar in x] for x in ax.containers}
-    assert bars == {"outliers": [9, 1], "all": [2, 8]}
-    assert [label.get_text() for label in ax.get_yticklabels()] == ["space", "x"]
-
-    counts = np.zeros((3, 2, 4))
-    counts[2, 1] = 1, 0, 0, 3
-    ax = figures.gate_histograms(counts, "run").axes[2]
-    assert lines(ax)["head 2"] == [(0.125, 1), (0.375, 0), (0.625, 0), (0.875, 3)]
-
 
 def test_maps_have_one_scale():
-    maps = np.zeros((5, 2, 2))
-    maps[3, 1, 0] = 7
-    images = [ax.images[0] for ax in figures.patch_maps(maps, "run").axes if ax.images]
+    maps = dict(enumerate(np.zeros((5, 2, 2))))
+    maps[3][1, 0] = 7
+    images = [ax.images[0] for ax in figures.maps(maps, "count", "run").axes if ax.images]
     assert len(images) == 5 and {image.get_clim() for image in images} == {(0, 7)}
     assert np.array_equal(images[3].get_array(), maps[3])
-    figure = figures.magnitudes({"a": np.array([[1.0, -9]]), "b": np.array([[2.0, 3]])}, "x")
-    assert {ax.images[0].get_clim() for ax in figure.axes[:2]} == {(0, 9)}
-    drawn(figures.patch_maps(np.zeros((1, 2, 2)), "nothing"))
+    drawn(figures.maps({"a": np.zeros((2, 2))}, "count", "nothing"))
 
 
 def test_a_head_on_text_and_on_images():
-    labels, probs = ["[CLS]", "$", "$"], np.eye(3) / 2
-    figure = figures.head_on_text(labels, probs, np.full((3, 2), -4.0), np.ones((3, 2)), "out", "")
+    labels, probs = ["[CLS]", "$x$", "$"], np.eye(3)[None] / 2
+    panels = {"attention": probs, "values": np.full((1, 3, 2), -4.0), "out": -np.ones((1, 3, 2))}
+    figure = drawn(figures.head(panels, "a head", [labels]))
     limits = [ax.images[0].get_clim() for ax in figure.axes[:3]]
     assert limits == [(0, 0.5), (-4, 4), (-4, 4)]
-    assert words(drawn(figure).axes[0].get_xticklabels()) == labels
+    ticks = figure.axes[0].get_xticklabels(), figure.axes[0].get_yticklabels()
+    assert [words(x) for x in ticks] == [labels, labels]
+    assert not any(label.get_parse_math() for x in ticks for label in x)  # "$x$" is a token
 
-    values, patches = np.array([[1.0, 2], [np.nan, 3]]), np.ones((2, 4, 4))
-    figure = figures.head_on_images(np.zeros((2, 8, 8, 3)), patches, "outliers", values, patches,
-                                    np.ones((2, 17, 17)), "a head")
-    bars = [ax for ax in drawn(figure).axes if len(ax.patches) == 2]
-    np.testing.assert_array_equal([[x.get_height() for x in ax.patches] for ax in bars], values)
-    assert bars[0].get_ylim() == bars[1].get_ylim()
+    maps = {"image": np.ones((2, 8, 8, 3)), "peaks": np.arange(32).reshape(2, 4, 4)}
+    figure = drawn(figures.head(maps, "a head"))
+    shown = [ax.images[0] for ax in figure.axes[:4]]
+    assert [x.get_clim() for x in shown] == [(0, 1), (0, 31)] * 2
+    assert np.array_equal(shown[3].get_array(), maps["peaks"][1])
 
 
 def test_points_and_cells_are_numbered():
-    names = ("attention", "sink_value", "score_range")
-    measures = dict(zip(names, np.array([[[0.1, 0.9]], [[1.0, 0.2]], [[3.0, 8]]])))
-    ax = figures.heads(measures, 1 / 3, "run").axes[0]
+    names = ("attention", "even", "sink_value", "score_range", "parks")
+    arrays = np.array([[[0.1, 0.9]], [[0.2, 0.3]], [[1.0, 0.2]], [[3.0, 8]], [[0, 1]]])
+    measures = dict(zip(names, arrays)) | {"parks": arrays[4] > 0}
+    ax = figures.heads(measures, "run").axes[0]
     assert words(ax.texts) == ["1.1", "1.2"]
-    assert ax.collections[0].get_offsets().tolist() == [[0.1, 1], [0.9, 0.2]]
-    drawn(figures.heads(dict.fromkeys(names, np.zeros((1, 1))), 1.0, "attends to nothing"))
+    assert ax.collections[1].get_offsets().tolist() == [[0.1, 1], [0.9, 0.2]]
+    ends = [segment.tolist() for segment in ax.collections[0].get_segments()]
+    assert ends == [[[0.2, 1], [0.1, 1]], [[0.3, 0.2], [0.9, 0.2]]]
+    many = {name: np.repeat(x, 20, axis=0) for name, x in measures.items()}
+    assert words(figures.heads(many, "only those that park").axes[0].texts) == [
+        f"{layer}.2" for layer in range(1, 21)]
+    nothing = dict.fromkeys(names, np.zeros((1, 1))) | {"parks": np.zeros((1, 1), bool)}
+    drawn(figures.heads(nothing, "attends to nothing"))
     figure = drawn(figures.damage(["a", "b"], np.array([[1.4, 40], [np.inf, 20]]), "run"))
     assert words(figure.axes[0].texts) == ["1", "40", "inf", "20"]
-
-
-def test_grids_lie_over_histograms_on_equal_axes():
-    values = {"wide": np.array([-1.0, 0, 1, 100]), "narrow": np.array([-1.0, 0, 1, 1])}
-    figure = figures.grids(values, {"wide": (0.5, 2), "narrow": (0.01, 100)}, 8, "tap")
-    wide, narrow, wide_zoom, narrow_zoom = figure.axes
-    for a, b in ((wide, narrow), (wide_zoom, narrow_zoom)):
-        assert (a.get_xlim(), a.get_ylim()) == (b.get_xlim(), b.get_ylim())
-    assert wide.get_yscale() == "log" and wide_zoom.get_xlim() == (-0.16, 0.16)
-    points = lambda ax: [segment[0, 0] for segment in ax.collections[0].get_segments()]
-    assert points(narrow_zoom) == pytest.approx(np.arange(-16, 17) / 100)
-    assert points(wide) == pytest.approx(0.5 * (np.arange(0, 256, 16) - 2))
-    assert "1 of 256" in wide_zoom.get_title() and "33 of 256" in narrow_zoom.get_title()
 
 
 @pytest.mark.parametrize("r", [10, 40, 150])
@@ -281,28 +267,26 @@ def analyzed(folder, *arguments):
     return out, numbers, {path.stem for path in folder.glob("*.png")}
 
 
-TEXT, GATES = {"tokens", "head-0", "head-1"}, {"gates", "gates-0", "gates-1"}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name, options, more", [
-    ("bert-gated", "--layer 1 --head 4 --gates", TEXT | GATES), ("opt-vanilla", "", TEXT),
-    ("vit", "--head 4", {"head"})])
+    ("bert-gated", "--layer 1 --head 4", set()), ("opt-vanilla", "", set()),
+    ("vit", "--head 4", {"patches"})])
 def test_every_family(tmp_path, cifar, name, options, more):
     folder = tmp_path / "vit" if name == "vit" else ZOO / name
     if name == "vit":
         run("train_vit", *SMALL_VIT, "--data", cifar, "--out", folder)
-    out, numbers, pictures = analyzed(tmp_path, folder, "--batches", 2, *options.split())
-    assert pictures == more | {"outliers-ffn_output", "outliers-layer_output", "norms", "heads",
+    out, numbers, pictures = analyzed(tmp_path, folder, "--eval-batches", 2, *options.split())
+    assert pictures == more | {"outliers-ffn_output", "outliers-layer_output", "heads", "head",
                                "magnitudes"}
     opened = open_run(folder, CPU)
     found = survey.survey(opened.model, opened.validation(2), CPU, opened.model.norm_tap)
     assert (numbers["run"], numbers["samples"]) == (str(folder), found["samples"])
     assert numbers["heads"]["attention"] == found["heads"]["attention"].tolist()
-    assert f"on {found['samples']} validation samples" in out and "_bits" not in out
-    rows = re.findall(r"^\| \d.*", out.split("the most idle first")[1], re.MULTILINE)
-    updates = [f"{update:.3g}" for update in sorted(found["heads"]["update"].ravel())]
-    assert [row.split(" | ")[6] for row in rows] == updates
+    assert f"on {found['samples']} validation samples" in out
+    rows = re.findall(r"^\| \d.*", out.split("sorted by attention / even")[1], re.MULTILINE)
+    order = np.argsort((found["heads"]["attention"] / found["heads"]["even"]).ravel())[::-1]
+    values = [f"{value:.3g}" for value in found["heads"]["sink_value"].ravel()[order]]
+    assert [row.split(" | ")[6] for row in rows] == values
     assert not options or "head 4 at work" in out
 
 
@@ -317,35 +301,33 @@ def test_curves(tmp_path):
 
 
 @pytest.mark.slow
-def test_compare(tmp_path):
-    runs = ZOO / "bert-vanilla", ZOO / "bert-gated"
-    out, rows, pictures = analyzed(tmp_path, *runs, "--compare", "--batches", 2, "--layer", 2)
-    assert pictures == {"grids", "magnitudes"} and "ffn_output of layer 2" in out
-    opened, norms = open_run(runs[1], CPU), []
-    with survey.record(opened.model, ("ffn_output",)) as kept, torch.no_grad():
-        for batch, _ in opened.validation(2):
-            opened.model(*batch)
-            x = kept["ffn_output"][1].numpy()  # in the end, of the last batch
-            norms += abs(x).max(axis=(1, 2)).tolist()
-    step, (low, high) = (x.max() - x.min()) / 255, np.percentile(x, (0.5, 99.5))
-    assert [rows[1]["inf norm"], rows[1]["grid step"]] == pytest.approx([np.mean(norms), step])
-    assert rows[1]["levels for the middle 99%"] == pytest.approx((high - low) / step + 1, abs=1)
+def test_by_trigger_of_a_run(tmp_path):
+    run("train_opt", *SMALL, "--data", "backcopy", "--out", tmp_path / "run")
+    file = tmp_path / "numbers.json"
+    out, _ = run("lab.analyze", tmp_path / "run", "--by-trigger", "--json", file)
+    numbers = json.loads(file.read_text())
+    assert numbers["at triggers"].keys() == {"start", "before"}
+    for layer, head in np.ndindex(2, 4):
+        cells = [f"{numbers[where][key][layer][head]:.3g}" for where in ("at triggers", "elsewhere")
+                 for key in ("start", "before")]
+        assert f"| {layer + 1} | {head + 1} | {' | '.join(cells)} |" in out
 
 
 def test_without_matplotlib_the_numbers_are_printed(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # importing it fails
     monkeypatch.delitem(sys.modules, "lab.figures")
     monkeypatch.delattr(lab, "figures")
-    out, numbers, pictures = analyzed(tmp_path, ZOO / "opt-vanilla", "--batches", 1)
+    out, numbers, pictures = analyzed(tmp_path, ZOO / "opt-vanilla", "--eval-batches", 1)
     assert numbers and not pictures and out.endswith("pip install -e '.[plots]'\n")
 
 
 @pytest.mark.parametrize("names, options, message", [
     ("nothing", "--curves", "metrics.jsonl"), ("bert-gated", "--layer 5", "--layer 5: .* has 4"),
-    ("opt-vanilla", "--gates", "--gates True: .*opt-vanilla has 0"),
-    ("bert-gated opt-vanilla", "--compare --batches 1", "a run of opt, expected one of bert"),
-    ("bert-gated", "--compare", "expected one RUN, two with --compare, or several with --curves"),
-    ("bert-gated opt-vanilla", "--compare --head 1", "--head changes nothing with --compare")])
+    ("bert-gated opt-vanilla", "", "opt-vanilla: expected one RUN, or several with --curves"),
+    ("opt-vanilla", "--by-trigger", "opt-vanilla: its data is .*stdlib.txt, not backcopy"),
+    ("bert-gated", "--by-trigger", "a run of bert, expected one of opt"),
+    ("opt-vanilla", "--by-trigger --head 1", "--by-trigger reads no --head"),
+    ("opt-vanilla", "--curves --by-trigger", "--curves reads no --by-trigger")])
 def test_wrong_input(names, options, message):
     _, err = run("lab.analyze", *(ZOO / name for name in names.split()), *options.split(), code=2)
     assert re.search(message, err) and err.startswith("error: ") and err.count("\n") == 1

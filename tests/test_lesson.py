@@ -81,7 +81,7 @@ def test_the_answer_to_station_4():
 
 # ---- it runs ----
 
-QUICKER = {"lab.analyze": "--batches 1", "lab.convert": "",
+QUICKER = {"lab.analyze": "--eval-batches 1", "lab.convert": "",
            "train_opt.py": "--steps 20 --eval-batches 1"}
 
 
