@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import lab
+import lab.cures  # noqa: F401, names of attentions
 from lab import survey
 from minq.data import load_text
 from minq.outliers import is_outlier
