@@ -82,7 +82,8 @@ def parking(probs, values, causal=False):
 
 def parks(attention, even):
     """Whether a head parks, by means over samples of `parking`'s measures: its sink has more than
-    0.3 of its attention, and more than twice what even attention would give it."""
+    0.3 of its attention, and more than twice what even attention would give it. Whether it then
+    hands on nothing, or one token's value to all, `sink_value` and `update` tell."""
     return (attention > 0.3) & (attention > 2 * even)
 
 
