@@ -5,13 +5,13 @@
     python quantize.py runs/bert-vanilla-s0 --best         every pair of range estimators, the best
     python -m lab.damage runs/bert-vanilla-s0              which tensor does it; lab/ has more
 """
-import json
 from itertools import product
 
 from tqdm import tqdm
 
 import lab.cures  # noqa: F401, more attentions: runs that have one open
-from lab.tables import METRICS, markdown, mean_and_std, nan_last, outlier_columns, with_std
+from lab.tables import (METRICS, markdown, mean_and_std, nan_last, outlier_columns, with_std,
+                        write_json)
 from minq import flags
 from minq.outliers import growth, watch
 from minq.quant import A_ESTIMATORS, W_ESTIMATORS, quantize_model
@@ -52,8 +52,7 @@ def main(argv=None):
                          "quantized": found, **outlier_columns(run.model, outliers)})
 
     # ---- report ----
-    if args.json:
-        flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+    write_json(args.json, rows)
     print(markdown([in_words(row) for row in rows], words=2))
 
 

@@ -24,7 +24,7 @@ import torch
 import lab.cures  # noqa: F401, runs with such an attention open
 from lab.survey import (OUTLIER_TAPS, at_triggers, group_shares, on_patches, record, survey,
                         token_groups, token_names, worst_dimension)
-from lab.tables import markdown, pictures_with, read_log
+from lab.tables import markdown, read_log, save_pictures
 from minq import flags
 from minq.runs import open_run
 from minq.training import pick_device, to_device
@@ -57,14 +57,8 @@ def main(argv=None):
     numbers, pictures = mode(args)  # pictures: name -> (function of lab/figures.py, its arguments)
     if args.json:
         flags.write_atomically(args.json, json.dumps(numbers, default=lambda x: x.tolist()) + "\n")
-    if not pictures or (figures := pictures_with()) is None:
-        return
-    folder = Path(args.out or Path(args.runs[0], "figures"))
-    with flags.writing(f"--out {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, (function, *arguments) in pictures.items():
-            getattr(figures, function)(*arguments).savefig(folder / f"{name}.png")
-    print(f"in {folder}: {' '.join(f'{name}.png' for name in pictures)}")
+    if pictures:
+        save_pictures(args.out or Path(args.runs[0], "figures"), pictures)
 
 
 def table(title, rows):

@@ -15,7 +15,6 @@ A tensor that is quantized alone gets the range that it has in the floating-poin
 activations, all weights and everything are calibrated as they are evaluated. With --layers it also
 says how far each tensor's largest value M stands out in floating point (outliers.growth).
 """
-import json
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import lab.cures  # noqa: F401, runs with such an attention open
-from lab.tables import METRICS, markdown, pictures_with
+from lab.tables import METRICS, markdown, save_pictures, write_json
 from minq import flags
 from minq.outliers import growth, listening, watch
 from minq.quant import ActivationQuantizer, quantize_model
@@ -165,22 +164,13 @@ def main(argv=None):
         row = damage(run, args.bits, args.batches, args.eval_batches, args.layers or args.out)
         rows.append(row)
         print_tables(row)
-    if args.json:
-        flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+    write_json(args.json, rows)
     if args.out:
-        draw(rows, Path(args.out))
-
-
-def draw(rows, folder):
-    """A picture for each run: the SQNR with one tensor quantized, taps by layers."""
-    if (figures := pictures_with()) is None:
-        return
-    with flags.writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        for row in rows:
-            sqnr = torch.tensor([[x["sqnr"] for x in places] for places in row["layers"].values()])
-            fig = figures.damage([*row["layers"]], sqnr.numpy(), "{run}, {bits} bits".format(**row))
-            fig.savefig(folder / f"damage-{Path(row['run']).name}.png")
+        sqnr = lambda row: torch.tensor([[x["sqnr"] for x in places]
+                                         for places in row["layers"].values()]).numpy()
+        save_pictures(args.out, {f"damage-{Path(row['run']).name}": (
+            "damage", [*row["layers"]], sqnr(row), "{run}, {bits} bits".format(**row))
+            for row in rows})
 
 
 if __name__ == "__main__":

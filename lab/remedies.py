@@ -10,7 +10,6 @@ x is (B, T, d): tokens by hidden dimensions. Tensors of other shapes (queries, s
 alone) are quantized as ever, unless a class says otherwise.
 """
 import copy
-import json
 import math
 from functools import lru_cache, partial
 
@@ -20,7 +19,7 @@ from tqdm import tqdm
 
 import lab.cures  # noqa: F401, runs with such an attention open
 from lab.damage import last_states, scores
-from lab.tables import markdown, mean_and_std, remedy_columns
+from lab.tables import markdown, mean_and_std, remedy_columns, write_json
 from minq import flags
 from minq.fake_quant import token_range
 from minq.outliers import listening
@@ -272,8 +271,7 @@ def main(argv=None):
         fp = "an encoder" if run.model.metric == "sqnr" else (
             f"{run.model.metric} {run.score(run.model, args.eval_batches):.4g} in floating point")
         print(f"\n{run.name}: {fp}\n\n{markdown(table)}")
-    if args.json:
-        flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

@@ -5,24 +5,26 @@
     python -m lab.reproduce table2 --verify         retrains its first row, compares it bit by bit
     python -m lab.reproduce table2 --preset paper   prints the commands at full size, for GPUs
 
-The experiments stand in lab/experiments.toml. Runs go to --runs, results into its folder results/.
-With --write they are recorded instead: in results/ here, and in the pages that show them.
+The experiments stand in lab/experiments.toml. Runs go to --runs, results into its folder results/,
+with --write into results/ here.
 """
 import hashlib
 import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
+import tomllib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lab import tables
-from lab.experiments import EXPERIMENTS, QUANTIZE, RECIPES
+from lab import bench, tables
+from lab.timing import in_turns
 from minq import flags
 from minq.runs import load_checkpoint
 from minq.training import pick_device, pick_precision
@@ -30,6 +32,11 @@ from minq.training import pick_device, pick_precision
 ROOT = Path(__file__).parent.parent
 RECORDED = ROOT / "results"
 TIMING = "python -m lab.bench attention --dropout 0 --rounds 10"  # what Table 8 times
+FILE = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text(encoding="utf-8"))
+EXPERIMENTS = {name: FILE["experiment"] | entry for name, entry in FILE["experiments"].items()}
+for entry in EXPERIMENTS.values():
+    entry["rows"] = [FILE["row"] | row for rows in (entry.get("rows", ()), *(
+        FILE["experiments"][other]["rows"] for other in entry["rows_of"])) for row in rows]
 
 
 @flags.one_line_errors
@@ -37,64 +44,59 @@ def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
     add = parser.add_argument
-    add("names", nargs="*", metavar="NAME", help=f"some of {' '.join(EXPERIMENTS)}")
-    add("--preset", choices=RECIPES, default="laptop", help="paper: print the commands for GPUs")
+    add("names", nargs="+", choices=EXPERIMENTS, metavar="NAME", help=" ".join(EXPERIMENTS))
+    add("--preset", choices=FILE["recipes"], default="laptop", help="paper: print its commands")
     add("--jobs", type=flags.positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
         help="runs at a time, a thread each")
     add("--steps", type=flags.positive, help="shorten every run (table8: its rounds)")
     add("--seeds", type=flags.positive, help="training seeds per row, if not the experiment's own")
     add("--runs", type=flags.place, default="runs/reproduce", help="folder of the runs")
     add("--verify", action="store_true", help="retrain each first row, compare with results/")
-    add("--write", action="store_true", help="record in results/, in README.md and in docs/")
+    add("--write", action="store_true", help="record in results/ here")
     args = parser.parse_args(argv)
-    if (wrong := set(args.names) - EXPERIMENTS.keys()) or not (args.names or args.write):
-        parser.error(f"{min(wrong, default='no NAME')}: expected some of {' '.join(EXPERIMENTS)}")
 
     # ---- each experiment ----
     failed = []
     for name in args.names:
         experiment, stem = EXPERIMENTS[name], name + f"-{args.steps}-steps" * bool(args.steps)
-        jobs = [Job(experiment, row, seed, args) for seed in range(args.seeds or experiment.seeds)
-                for row in experiment.rows if seed == 0 or not row.source]
+        seeds = range(args.seeds or experiment["seeds"])
+        jobs = [Job(experiment, row, seed, args) for seed in seeds for row in experiment["rows"]
+                if seed == 0 or not row["source"]]
         if args.verify:
             verify(jobs, RECORDED / f"{stem}.json", args.runs)
         elif args.preset == "paper":
-            lines = [f"{job.text()}  # {job.row.label}" for job in jobs]
-            lines = [TIMING] if experiment.columns == "runtime" else lines
-            print(f"# {experiment.title}", *lines, sep="\n")
+            lines = [f"{job.text()}  # {job.row['label']}" for job in jobs]
+            lines = [TIMING] if experiment["columns"] == "runtime" else lines
+            print(f"# {experiment['title']}", *lines, sep="\n")
         else:
             folder = RECORDED if args.write else Path(args.runs, "results")
             failed += reproduce(experiment, jobs, folder / stem, args)
-
-    # ---- the pages that show tables ----
-    if args.write:
-        pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
-        filled = {page: tables.with_tables(page.read_text(), RECORDED) for page in pages}
-        for page, text in filled.items():  # all or none
-            flags.write_atomically(page, text)
     if failed:
         raise flags.UserError(f"failed, as said above: {'; '.join(failed)}")
 
 
 def reproduce(experiment, jobs, path, args):
     """Run what is missing; write, print and draw the results. Returns the rows that failed."""
-    if experiment.columns == "runtime":
-        rows, failed = time_rows(experiment, args), []
+    columns, failed = experiment["columns"], []
+    if columns == "runtime":
+        rows = [row | {"commands": [TIMING]} for row in timed(
+            experiment["rows"], method, args.steps or 10)]
     else:
-        failed = run_all(jobs, args.jobs)
+        lost = run_all(jobs, args.jobs)
+        failed = [row for row in experiment["rows"] if row in lost]
         rows = collect([job for job in jobs if job.row not in failed])
-    if experiment.columns == "cures":
-        rows = time_steps(tables.better_rates(rows), jobs)
-    table = {"title": experiment.title, "columns": experiment.columns, "steps": args.steps,
-             "rows": rows, "failed": [f"{row.label} on {row.family}" for row in failed],
+    if columns == "cures":
+        rows = timed(tables.better_rates(rows), recipe_of_run, 40, threads=1)  # as was trained
+    table = {"title": experiment["title"], "columns": columns, "steps": args.steps, "rows": rows,
+             "failed": [f"{row['label']} on {row['family']}" for row in failed],
              "versions": {"python": platform.python_version(), "torch": torch.__version__},
              "machine": machine()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    flags.write_atomically(f"{path}.json", json.dumps(table, indent=1) + "\n")
+    tables.write_json(f"{path}.json", table)
     flags.write_atomically(f"{path}.md", tables.rendered(table))
-    print(tables.rendered(table) + experiment.then)
-    if experiment.xlabel:
-        tables.draw(table, path, experiment.xlabel)
+    print(tables.rendered(table) + experiment["then"])
+    if experiment["xlabel"]:
+        tables.draw(table, path, experiment["xlabel"])
     return table["failed"]
 
 
@@ -111,18 +113,20 @@ class Job:
     """A row of an experiment with one training seed: its training, and what looks at the run."""
 
     def __init__(self, experiment, row, seed, args):
-        settings, more = experiment.settings(row, args.preset), experiment.quantize.split()
-        settings += ["--steps", str(args.steps)] * bool(args.steps)
-        quantize = [*more, *QUANTIZE[row.family].split()]
-        name = Path(row.source).name or f"{row.family}{slug(settings)}-s{seed}"
+        family, source, more = row["family"], row["source"], experiment["quantize"].split()
+        recipe = (FILE["recipes"][args.preset] | experiment[args.preset])[family]
+        own = args.preset == "laptop" and row["laptop"] or row["flags"]
+        settings = shlex.split(f"{recipe} {own}" + f" --steps {args.steps}" * bool(args.steps))
+        quantize = [*more, *FILE["quantize"][family].split()]
+        name = Path(source).name or f"{family}{slug(settings)}-s{seed}"
         self.row, self.seed, self.folder = row, seed, Path(args.runs, name)
         folder, self.looks = str(self.folder), {}  # file -> command
-        self.training = (["-m", "lab.convert", row.source] if row.source else
-                         [f"train_{row.family}.py", *settings, "--seed", str(seed)])
+        self.training = (["-m", "lab.convert", source] if source else
+                         [f"train_{family}.py", *settings, "--seed", str(seed)])
         self.training += ["--out", folder]
-        if not row.source:  # which has no head, so no metric
+        if not source:  # which has no head, so no metric
             self.looks[f"quantized{slug(quantize)}.json"] = ["quantize.py", folder, *quantize]
-        if experiment.columns == "remedies":
+        if experiment["columns"] == "remedies":
             self.looks["remedies.json"] = ["-m", "lab.remedies", folder, *more]
 
     def text(self):
@@ -132,7 +136,7 @@ class Job:
         """Train, or go on, unless that is done; then look, unless that is."""
         path = self.folder / "checkpoint.pt"
         checkpoint = load_checkpoint(self.folder) if path.exists() else None
-        if self.row.source and not checkpoint:
+        if self.row["source"] and not checkpoint:
             raise flags.UserError(f"{path}: not there; {flags.command(*self.training)} makes it")
         if not checkpoint or checkpoint["step"] < checkpoint["args"]["steps"]:
             start([*self.training, "--resume" if checkpoint else "--overwrite"], quiet)
@@ -147,7 +151,7 @@ class Job:
         found = {"parameters": sum(x.numel() for x in checkpoint["model"].values())}
         for name in self.looks:
             found |= json.loads((self.folder / name).read_text())[0]
-        if not self.row.source:
+        if not self.row["source"]:
             end = tables.read_log(self.folder)[-1]
             found |= {"as_trained": end[found["metric"]], "loss": end["loss"],
                       "layer_input_norm": max(end["layer_input"]["inf_norm"]),
@@ -186,27 +190,23 @@ def start(command, quiet):
 
 
 def run_all(jobs, workers):
-    """Run the jobs, `workers` at a time. Returns the rows of which one has failed; UserError if
-    all have."""
-    failures = {}
-
-    def run(job):
+    """Run the jobs, `workers` at a time. Returns the rows of those that failed, unless all did."""
+    def lost(job):
         try:
             job.run(quiet=workers > 1)
         except flags.UserError as error:
-            failures[job] = error
-            progress.write(str(error), file=sys.stderr)
-        progress.update()
+            tqdm.write(str(error), file=sys.stderr)
+            return job.row
 
-    with tqdm(total=len(jobs), unit="run") as progress, ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            list(pool.map(run, jobs))
+            failed = [*filter(None, tqdm(pool.map(lost, jobs), total=len(jobs), unit="run"))]
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise flags.UserError("interrupted; the same command goes on from here") from None
-    if len(failures) == len(jobs):
-        raise flags.UserError(f"all {len(jobs)} runs failed: {failures[jobs[0]]}")
-    return list(dict.fromkeys(job.row for job in failures))
+    if len(failed) == len(jobs):
+        raise flags.UserError(f"all {len(jobs)} runs failed, as said above")
+    return failed
 
 
 def verify(jobs, path, runs):
@@ -216,7 +216,8 @@ def verify(jobs, path, runs):
         row, expected = table["rows"][0], table["rows"][0]["weights_sha256"][0]
     except (OSError, ValueError, LookupError):
         raise flags.UserError(f"{path}: has no hash of weights to compare with") from None
-    job = next(job for job in jobs if (job.row.line, job.row.x) == (row["line"], row["x"]))
+    place = row["line"], row["x"]
+    job = next(job for job in jobs if (job.row["line"], job.row["x"]) == place)
     start([*job.training[:-1], f"{runs}/verify", "--overwrite"], quiet=False)
     found = weights_sha256(f"{runs}/verify")
     if found != expected:
@@ -231,44 +232,47 @@ def verify(jobs, path, runs):
 def collect(jobs):
     """A row of results for each row of the experiment: means and deviations over its seeds."""
     rows = []
-    for row in dict.fromkeys(job.row for job in jobs):
-        of_row = [job for job in jobs if job.row == row]
+    for first in (job for job in jobs if job.seed == 0):
+        of_row = [job for job in jobs if job.row is first.row]
         found = [job.found() for job in of_row]
         as_they_are = {name: found[0].get(name) for name in ("settings", "parameters")}
-        rows.append(vars(row) | tables.over_seeds(found) | as_they_are | {
-            "seeds": [job.seed for job in of_row], "commands": [job.text() for job in of_row],
+        rows.append(first.row | tables.over_seeds(found) | as_they_are | {
+            "runs": [str(job.folder) for job in of_row], "seeds": [job.seed for job in of_row],
+            "commands": [job.text() for job in of_row],
             "weights_sha256": [weights_sha256(job.folder) for job in of_row]})
     return rows
 
 
-def ratios(seconds, name):
-    return [a / b for a, b in zip(seconds[name], seconds["vanilla"])]
+# ---- time ----
+
+def method(row):
+    """What Table 8 times: the paper's model with one of the paper's attentions."""
+    settings = {"dropout": 0.0, "precision": pick_precision(None, pick_device())}
+    return bench.TASKS[row["family"]] | settings | bench.METHODS[row["label"]]
 
 
-def time_rows(experiment, args):
-    """Time the attentions of each family's model in turns (lab/bench.py), ten rounds or --steps."""
-    from lab import bench
-    args.device, args.rounds, args.quick = pick_device(None), args.steps or 10, False
-    args.precision = pick_precision(None, args.device)
-    seconds = {family: bench.method_seconds(family, 0.0, args) for family in bench.TASKS}
-    return [vars(row) | {
-        "seconds": tables.mean_and_std(seconds[row.family][row.label]), "precision": args.precision,
-        "ratio": tables.mean_and_std(ratios(seconds[row.family], row.label)), "commands": [TIMING],
-    } for row in experiment.rows]
+def recipe_of_run(row):
+    """The settings of its first run, with which a new model is timed."""
+    run = load_checkpoint(row["runs"][0])
+    return run["args"] | run["config"] | {"family": row["family"]}
 
 
-def time_steps(rows, jobs):
-    """The rows with the time of a training step, of each round in units of vanilla's."""
-    from lab import bench
-    key = lambda row: (row.family, row.line or row.label, row.x)
-    folders = {key(job.row): job.folder for job in jobs}
+def timed(rows, recipe, rounds, threads=None):
+    """The rows with the seconds of `rounds` training steps of recipe(row), and with these in units
+    of vanilla's, round by round: the rows of a family take turns (lab/bench.py)."""
+    found, times, device, before = [], {}, pick_device(), torch.get_num_threads()
+    torch.set_num_threads(threads or before)
     for family in dict.fromkeys(row["family"] for row in rows):
-        of_family = [row for row in rows if row["family"] == family]
-        names = {row["label"]: folders[family, row["label"], row["x"]] for row in of_family}
-        seconds = bench.run_seconds(names, 40, pick_device(None))
-        for row in of_family:
-            row["step_time"] = ratios(seconds, row["label"])
-    return rows
+        times |= in_turns({(family, row["label"]): bench.training_step(recipe(row), device)
+                           for row in rows if row["family"] == family}, rounds, device)
+    torch.set_num_threads(before)
+    for row in rows:
+        seconds, vanilla = times[row["family"], row["label"]], times[row["family"], "vanilla"]
+        ratios = [a / b for a, b in zip(seconds, vanilla)]
+        found.append(row | {"precision": recipe(row)["precision"],
+                            "seconds": tables.mean_and_std(seconds),
+                            "ratio": tables.mean_and_std(ratios)})
+    return found
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@ calibrations, and is shown as 4.52 ±0.01 (0.002).
 """
 import json
 import math
-import re
 import statistics
 from pathlib import Path
 
 import torch
 
-from minq.flags import UserError
+from minq import flags
 
 METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑", "sqnr": "SQNR dB ↑"}
 LOST, BITS = "bits at which 20% are lost", "bits at which 20% (ViT: 5 points) are lost"
@@ -24,9 +23,9 @@ def read_log(folder):
     try:
         found = [json.loads(line) for line in path.open()]
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        raise flags.UserError(f"{path}: cannot be read: {error}") from None
     if not found:
-        raise UserError(f"{path}: nothing is logged yet")
+        raise flags.UserError(f"{path}: nothing is logged yet")
     return found
 
 
@@ -71,7 +70,7 @@ def better_rates(rows):
     for (family, label), group in groups.items():
         best, *others = sorted(group, key=lambda row: nan_last(row["fp"]["mean"]))
         if (family, "vanilla") not in groups:
-            raise UserError(f"{family}: vanilla attention failed, nothing to compare with")
+            raise flags.UserError(f"{family}: vanilla attention failed, nothing to compare with")
         vanilla = groups[family, "vanilla"][0]["parameters"]
         chosen.append(best | {"label": label, "other_rate": others[0] if others else None,
                               "extra_parameters": best["parameters"] - vanilla})
@@ -177,10 +176,11 @@ def runtime(row):
 
 
 def cures(row):
-    other, time = row["other_rate"], row.get("step_time")
+    other, ratio = row["other_rate"], row.get("ratio")
     rate = row["x"] + (f" ({other['x']}: {other['fp']['mean']:.4g})" if other else "")
     return {"FP": "", "at lr (FP at the other)": rate} | in_words(row) | {
-        LOST: bits_at_loss(row), "step time": f"{statistics.median(time):.2f}" if time else "",
+        LOST: bits_at_loss(row),
+        "step time": f"{statistics.median(ratio['all']):.2f}" if ratio else "",
         "extra parameters": f"{row['extra_parameters']:+,}", "its paper's claim": row["published"]}
 
 
@@ -199,6 +199,12 @@ def remedy_columns(row, remedy):
 
 
 # ---- tables ----
+
+def write_json(path, content):
+    """What --json FILE asks for, if it was given."""
+    if path:
+        flags.write_atomically(path, json.dumps(content, indent=1) + "\n")
+
 
 def markdown(rows, words=1):
     """Rows, dicts with the same keys, as a table; its first `words` columns hold words."""
@@ -241,7 +247,7 @@ def remedies(rows):
 def repetitions(rows):
     """How often each row was measured, and how long training took."""
     first = rows[0]
-    if "seconds" in first:
+    if "seeds" not in first:
         return f"{first['precision']}, {len(first['seconds']['all'])} rounds in turns"
     seeds, calibrations = len(first["seeds"]), len([*first["quantized"].values()][0]["all"][0])
     trained = [x for row in rows for x in (row, row.get("other_rate")) if x]
@@ -252,40 +258,28 @@ def repetitions(rows):
             f"{len(minutes)} trainings of {min(minutes):.1f} to {max(minutes):.1f} minutes")
 
 
-def pictures_with():
-    """lab/figures.py; without matplotlib None, and a line that says how to get it."""
-    try:
-        from lab import figures
-        return figures
-    except ModuleNotFoundError:
-        print("no pictures without matplotlib; get it with: pip install -e '.[plots]'")
-
-
 def draw(table, path, xlabel):
     """The figures of an experiment over a setting, beside its results."""
-    if (figures := pictures_with()) is None:
-        return
-    pictures, families = {}, {}
+    families = {}
     for row in table["rows"]:
         families.setdefault(row["family"], {}).setdefault(row["line"], []).append(row)
-    for family, lines in families.items():
-        curves = {line: {name: ([row["x"] for row in of_line],
-                                [four(row)[name]["mean"] for row in of_line])
-                         for name in four(of_line[0])} for line, of_line in lines.items()}
-        title = f"{family}: {table['title']}"
-        pictures[f"{path}-{family}.png"] = figures.curves(curves, title, xlabel)
-    if table["columns"] == "law":
-        pictures = {f"{path}.png": figures.law(table)}
-    for name, figure in pictures.items():
-        figure.savefig(name)
-    print(*pictures, sep="\n")
+    pictures = {f"{path.name}-{family}": ("curves", {
+        line: {name: ([row["x"] for row in rows], [four(row)[name]["mean"] for row in rows])
+               for name in four(rows[0])} for line, rows in lines.items()},
+        f"{family}: {table['title']}", xlabel) for family, lines in families.items()}
+    law = table["columns"] == "law"
+    save_pictures(path.parent, {path.name: ("law", table)} if law else pictures)
 
 
-def with_tables(text, results):
-    """A page with the table of results/NAME.md between each pair of marks."""
-    def replace(match):
-        path = Path(results, match[1])
-        if not path.exists():
-            raise UserError(f"{path}: no results yet: python -m lab.reproduce {path.stem} --write")
-        return f"<!-- results/{match[1]} -->\n{path.read_text()}<!-- end -->"
-    return re.sub(r"<!-- results/([\w-]+\.md) -->\n.*?<!-- end -->", replace, text, flags=re.DOTALL)
+def save_pictures(folder, pictures):
+    """Draw into a folder: name -> (function of lab/figures.py, its arguments). Without matplotlib
+    a line says how to get it."""
+    try:
+        from lab import figures
+    except ModuleNotFoundError:
+        return print("no pictures without matplotlib; get it with: pip install -e '.[plots]'")
+    with flags.writing(folder):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name, (function, *arguments) in pictures.items():
+            getattr(figures, function)(*arguments).savefig(Path(folder, f"{name}.png"))
+    print(f"in {folder}: {' '.join(f'{name}.png' for name in pictures)}")

@@ -20,11 +20,12 @@ def in_turns(functions, rounds, device):
     return seconds
 
 
-def report(title, seconds, reference):
+def report(title, seconds):
     """Print each alternative's median time, and the median and the range over rounds of its ratio
-    to the reference in the same round."""
+    to the first one's in the same round."""
     print(f"\n{title}")
+    first = next(iter(seconds.values()))
     for name, values in seconds.items():
-        ratios = sorted(value / base for value, base in zip(values, seconds[reference]))
+        ratios = sorted(value / base for value, base in zip(values, first))
         print(f"  {name:42s} {1e3 * statistics.median(values):9.1f} ms   "
               f"{statistics.median(ratios):5.2f}x  ({ratios[0]:.2f}-{ratios[-1]:.2f})")

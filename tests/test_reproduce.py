@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import json
 import math
+import re
 import shlex
 import shutil
 import statistics
@@ -14,7 +15,7 @@ import torch
 
 from lab import bench, reproduce, tables
 from lab.cures import ATTENTIONS
-from lab.experiments import EXPERIMENTS, Experiment, Row
+from lab.reproduce import EXPERIMENTS, FILE
 from minq import flags
 from running import ROOT, SMALL, run
 
@@ -26,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 def jobs(*names, preset="laptop"):
     args = argparse.Namespace(preset=preset, **ARGS)
     return [reproduce.Job(EXPERIMENTS[name], row, 0, args)
-            for name in names for row in EXPERIMENTS[name].rows]
+            for name in names for row in EXPERIMENTS[name]["rows"]]
 
 
 # ---- experiments are data ----
@@ -50,7 +51,7 @@ def test_every_command_is_one_that_its_script_takes(preset, monkeypatch):
     commands = {tuple(words[:words.index("--seed")] if "--seed" in words else words)
                 for job in jobs(*EXPERIMENTS, preset=preset) for text in job.text().split(" && ")
                 for words in [shlex.split(text.replace("python -m", "python"))]
-                if job.row not in EXPERIMENTS["table8"].rows}
+                if job.row not in EXPERIMENTS["table8"]["rows"]}
     assert len(commands) > 100
     for _, script, *words in commands:
         with pytest.raises(Parsed):
@@ -60,9 +61,17 @@ def test_every_command_is_one_that_its_script_takes(preset, monkeypatch):
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_rows_of_a_table_differ(name):
     of_table = jobs(name)
-    assert len({(job.row.family, job.row.label) for job in of_table}) == len(of_table)
+    labels = {(job.row["family"], job.row["label"]) for job in of_table}
+    assert len(labels) == len(of_table) > 0
     assert name == "table8" or len({job.folder for job in of_table}) == len(of_table)
-    assert EXPERIMENTS[name].columns in (*tables.COLUMNS, "remedies")
+    assert EXPERIMENTS[name]["columns"] in (*tables.COLUMNS, "remedies")
+
+
+def test_no_row_and_no_experiment_has_a_setting_that_nothing_reads():
+    for name, experiment in EXPERIMENTS.items():
+        assert experiment.keys() == FILE["experiment"].keys() | {"title", "rows"}, name
+        for row in experiment["rows"]:
+            assert row.keys() == FILE["row"].keys() | {"label", "family"}, row
 
 
 @pytest.mark.parametrize("name, others, shared", [
@@ -75,8 +84,8 @@ def test_the_same_training_is_one_run(name, others, shared):
 def test_every_cure_is_compared_in_both_families_and_in_opt_at_two_rates():
     for family, rates in (("opt", 2), ("bert", 1)):
         lines = {}
-        for row in EXPERIMENTS[f"cures-{family}"].rows:
-            lines.setdefault(row.line, []).append((row.laptop or row.flags).split())
+        for row in EXPERIMENTS[f"cures-{family}"]["rows"]:
+            lines.setdefault(row["line"], []).append((row["laptop"] or row["flags"]).split())
         assert all(len(each) == rates for each in lines.values())
         assert all(second[-2:] == ["--lr", "0.02" if "muon" in second else "0.003"]
                    for _, *others in lines.values() for second in others)
@@ -158,9 +167,9 @@ def test_of_two_rates_the_better_is_shown_and_a_number_before_none():
                                 *rates("lost", math.nan, 900.0, 990), row(line="alone")])
     assert [(each["label"], each["x"], each["extra_parameters"]) for each in rows] == [
         ("vanilla", "0.005", 0), ("softpick", "0.003", 4), ("lost", "0.003", -10), ("alone", "", 0)]
-    with pytest.raises(tables.UserError, match="opt: vanilla attention failed"):
+    with pytest.raises(flags.UserError, match="opt: vanilla attention failed"):
         tables.better_rates(rates("lost", 1.0, 2.0))
-    shown = tables.COLUMNS["cures"](rows[1] | {"step_time": [1.5, 1.2, 9.0]})
+    shown = tables.COLUMNS["cures"](rows[1] | {"ratio": {"all": [1.5, 1.2, 9.0]}})
     assert [*shown.values()] == ["4.5", "0.003 (0.005: 5.5)", "9", "7", "10", "over 8", "1.50",
                                  "+4", "a claim"]
 
@@ -177,31 +186,19 @@ def test_tables_are_made_from_their_results(path):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_pages_show_the_recorded_tables(page):
-    assert tables.with_tables(page.read_text(), ROOT / "results") == page.read_text()
-
-
-def test_write_fills_every_page_between_its_marks_or_none(tmp_path, monkeypatch):
-    page = "before\n<!-- results/{0}.md -->\n{1}<!-- end -->\nafter\n"
-    (tmp_path / "docs").mkdir()
-    pages = {"quick": tmp_path / "README.md", "blog": tmp_path / "docs" / "results.md"}
-    for name, path in pages.items():
-        path.write_text(page.format(name, "old\n"))
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
-    monkeypatch.setattr(reproduce, "RECORDED", tmp_path)
-    (tmp_path / "quick.md").write_text("| quick |\n")
-    _, err = run("lab.reproduce", "--write", code=2)
-    assert "blog.md: no results yet: python -m lab.reproduce blog --write" in err
-    assert pages["quick"].read_text() == page.format("quick", "old\n")
-    (tmp_path / "blog.md").write_text("| blog |\n")
-    run("lab.reproduce", "--write")
-    assert all(path.read_text() == page.format(name, f"| {name} |\n")
-               for name, path in pages.items())
+    """Between <!-- results/NAME.md --> and <!-- end --> stands that file."""
+    text = page.read_text()
+    shown = re.findall(r"<!-- results/(\S+) -->\n(.*?)<!-- end -->", text, flags=re.DOTALL)
+    assert len(shown) == text.count("<!-- results/")
+    for name, found in shown:
+        assert found == (ROOT / "results" / name).read_text()
 
 
 # ---- python -m lab.reproduce ----
 
 def test_nothing_to_do_and_what_there_is_not():
-    for words, message in ((("table9",), "table9: expected some of"), ((), "no NAME: expected")):
+    for words, message in ((("table9",), "invalid choice: 'table9' (choose from"),
+                           ((), "the following arguments are required: NAME")):
         _, err = run("lab.reproduce", *words, code=2)
         assert message in err and err.count("\n") == 1
     _, err = run("lab.reproduce", "table8", "--verify", code=2)
@@ -210,25 +207,30 @@ def test_nothing_to_do_and_what_there_is_not():
 
 def test_the_paper_preset_prints_commands(tmp_path):
     out, _ = run("lab.reproduce", "blog", "table8", "--preset", "paper", "--runs", tmp_path)
-    assert out.count("python train_bert.py --preset blog") == len(EXPERIMENTS["blog"].rows)
+    assert out.count("python train_bert.py --preset blog") == len(EXPERIMENTS["blog"]["rows"])
     assert out.endswith(f"{reproduce.TIMING}\n") and not list(tmp_path.iterdir())
 
 
 def tiny(corpus, *rows, **settings):
     recipe = shlex.join([*SMALL, "--data", corpus, "--save-every", "3"])
-    return Experiment("Tiny", rows, quantize="--batches 1 --seeds 2 --eval-batches 1 --bits 8 4",
-                      laptop={"bert": recipe}, **settings)
+    return FILE["experiment"] | {
+        "title": "Tiny", "rows": [FILE["row"] | row for row in rows], "laptop": {"bert": recipe},
+        "quantize": "--batches 1 --seeds 2 --eval-batches 1 --bits 8 4"} | settings
+
+
+def of_bert(label, flags="", **settings):
+    return {"label": label, "family": "bert", "flags": flags} | settings
 
 
 @pytest.mark.slow
 def test_runs_once_resumes_verifies_and_names_what_fails(corpus, tmp_path, monkeypatch):
     """In processes, as a reader runs it; and it writes nothing but its own folder."""
     before = {path: path.stat().st_mtime_ns for path in (ROOT / "results").iterdir()}
-    both = (Row("vanilla", "bert", published="a claim", x="0"),
-            Row("CS", "bert", "--attention clipped", x="1"))
+    both = (of_bert("vanilla", published="a claim", x="0"),
+            of_bert("CS", "--attention clipped", x="1"))
     settings, runs = dict(columns="cures", xlabel="alpha"), tmp_path / "runs"
     monkeypatch.setitem(EXPERIMENTS, "quick", tiny(
-        corpus, *both, Row("broken", "bert", "--heads 5"), then="The end.", **settings))
+        corpus, *both, of_bert("broken", "--heads 5"), then="The end.", **settings))
     command = "lab.reproduce", "quick", "--jobs", 2, "--runs", runs
     out, err = run(*command, code=2)
     assert "--heads 5 does not divide --width 32" in err
@@ -237,7 +239,7 @@ def test_runs_once_resumes_verifies_and_names_what_fails(corpus, tmp_path, monke
     table = json.loads((runs / "results" / "quick.json").read_text())
     vanilla, clipped = table["rows"]
     assert vanilla["fp"]["mean"] > 1 and vanilla["quantized"]["4x4"]["calibrations"] > 0
-    assert vanilla["step_time"] == [1.0] * 40 and min(clipped["step_time"]) > 0
+    assert vanilla["ratio"]["all"] == [1.0] * 40 and min(clipped["ratio"]["all"]) > 0
     assert clipped["settings"]["gamma"] == -1 / 16 and clipped["ffn_output"]["share"]["std"] is None
     assert (runs / "results" / "quick.md").read_text() in out
     if importlib.util.find_spec("matplotlib"):
@@ -259,7 +261,7 @@ def test_runs_once_resumes_verifies_and_names_what_fails(corpus, tmp_path, monke
     (runs / "results" / "quick.json").write_text(json.dumps(table))
     _, err = run(*command, "--verify", code=2)
     assert f"vanilla has the weights 000000000000, not {found[:12]} (SHA-256)" in err
-    monkeypatch.setitem(EXPERIMENTS, "quick", tiny(corpus, Row("broken", "bert", "--heads 5")))
+    monkeypatch.setitem(EXPERIMENTS, "quick", tiny(corpus, of_bert("broken", "--heads 5")))
     assert "all 1 runs failed" in run(*command, code=2)[1]
     assert before == {path: path.stat().st_mtime_ns for path in (ROOT / "results").iterdir()}
 
@@ -267,7 +269,7 @@ def test_runs_once_resumes_verifies_and_names_what_fails(corpus, tmp_path, monke
 @pytest.mark.slow
 def test_remedies_of_a_run_and_of_a_published_checkpoint(corpus, tmp_path, monkeypatch):
     monkeypatch.setitem(EXPERIMENTS, "remedies", tiny(
-        corpus, Row("vanilla", "bert"), Row("theirs", "bert", source="somebody/theirs"),
+        corpus, of_bert("vanilla"), of_bert("theirs", source="somebody/theirs"),
         columns="remedies"))
     command = "lab.reproduce", "remedies", "--jobs", 1, "--runs", tmp_path
     out, err = run(*command, code=2)
@@ -286,9 +288,9 @@ def test_remedies_of_a_run_and_of_a_published_checkpoint(corpus, tmp_path, monke
 def test_table8_times_every_attention_of_every_family(tmp_path, monkeypatch):
     """With models so small that it takes seconds."""
     size = dict(width=8, heads=2, ffn=8, layers=2, batch_size=2)
-    for family, (title, recipe) in bench.TASKS.items():
+    for family, recipe in bench.TASKS.items():
         small = recipe | size | ({"seq_len": 8} if family != "vit" else {"image_size": 32})
-        monkeypatch.setitem(bench.TASKS, family, (title, small))
+        monkeypatch.setitem(bench.TASKS, family, small)
     out, _ = run("lab.reproduce", "table8", "--steps", 2, "--runs", tmp_path)
     rows = json.loads((tmp_path / "results" / "table8-2-steps.json").read_text())["rows"]
     assert all(len(each["ratio"]["all"]) == 2 and each["ratio"]["mean"] > 0 for each in rows)
