@@ -19,7 +19,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import lab.cures  # noqa: F401, runs with such an attention open
@@ -52,29 +51,22 @@ def hidden(model):
 
 
 @torch.no_grad()
-def last_hidden(model, inputs):
-    with hidden(model) as passes:
-        model(*inputs)
-    return passes[-1]
-
-
 def last_states(run, model, batches=None):
-    """The `last_hidden` of each batch of the run's validation split, of a model in its place."""
+    """The last hidden states of each batch of the run's validation split, of a model in its place:
+    a generator."""
     for inputs, _ in run.validation(batches):
-        yield last_hidden(model, to_device(inputs, run.device))
+        with hidden(model) as passes:
+            model(*to_device(inputs, run.device))
+        yield passes[-1]
 
 
-def sqnr_and_cosine(pairs):
-    """How far states have moved, over batches of (states, what they should be): the ratio of signal
-    to quantization noise, SQNR = 10 log10 (sum h^2 / sum (h_quantized - h)^2) in dB, and the mean
-    cosine over tokens. At 0 dB the error is as large as the signal; a bit more is worth 6 dB."""
-    signal = error = cosines = tokens = 0
+def signal_to_noise(pairs):
+    """How far states have moved, over batches of (states, what they should be): SQNR in dB."""
+    signal = error = 0
     for moved, h in pairs:
         signal += h.square().sum(dtype=torch.float64)
         error += (moved - h).square().sum(dtype=torch.float64)
-        cosines += F.cosine_similarity(moved, h, dim=-1).sum(dtype=torch.float64)
-        tokens += h[..., 0].numel()
-    return {"sqnr": 10 * (signal / error).log10().item(), "cosine": cosines.item() / tokens}
+    return 10 * (signal / error).log10().item()
 
 
 def scores(run, model, states, batches=None):
@@ -85,7 +77,7 @@ def scores(run, model, states, batches=None):
     else:
         with hidden(model) as moved:
             metric = run.score(model, batches)
-    sqnr = sqnr_and_cosine(zip(moved, states, strict=True))["sqnr"]
+    sqnr = signal_to_noise(zip(moved, states, strict=True))
     return {"metric": sqnr if metric is None else metric, "sqnr": sqnr}
 
 
