@@ -14,7 +14,7 @@ import lab.cures, lab.integer_training, lab.muon  # noqa: F401, names for --atte
 from minq import flags
 from minq.augment import PIECES, Draws, augment
 from minq.fake_quant import LINEARS, fake_quantize_training
-from minq.images import IMAGES, Images, load_images
+from minq.images import IMAGES, load_images
 from minq.model import ViT, ViTConfig
 from minq.runs import Run, resume
 from minq.training import (OPTIMIZERS, autocast, compiled, cosine_schedule, parameter_groups,
@@ -60,13 +60,13 @@ def main(argv=None):
     args.precision = pick_precision(args.precision, device)
 
     # ---- data ----
-    data = Images(load_images(args.data), args.image_size)
+    data = load_images(args.data, args.image_size)
     batch_size = args.batch_size * args.accumulate
     if not checkpoint:
         if "steps" in typed and "epochs" in typed:
             raise flags.UserError(f"--steps {args.steps} and --epochs {args.epochs}: give one")
         if "steps" not in typed and args.epochs:
-            args.steps = max(1, args.epochs * (len(data.source.train) // batch_size))
+            args.steps = max(1, args.epochs * (len(data.train) // batch_size))
         args.warmup = args.steps // 15 if args.warmup is None else args.warmup  # 20 of 300 epochs
     if args.batch_size // world % 2 and (args.mixup or args.cutmix):
         raise flags.UserError(f"--batch-size {args.batch_size}: --mixup needs pairs of images")

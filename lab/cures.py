@@ -88,8 +88,7 @@ class LearnedSink(nn.Module):
         self.sink = nn.Parameter(torch.zeros(heads))
 
     def forward(self, scores):
-        sink = self.sink.to(scores.dtype).view(-1, 1, 1)
-        sink = sink.expand(*scores.shape[:-1], 1)  # (B, H, T, 1)
+        sink = self.sink.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:-1], 1)
         return torch.cat((scores, sink), dim=-1).softmax(dim=-1)[..., :-1]
 
 
@@ -168,10 +167,8 @@ class ExtraKey(nn.Module):
 
     def forward(self, q, k, v):
         key = self.k_bias.to(k.dtype).expand(len(k), -1, -1, -1)  # (B, H, 1, d_head)
-        if self.v_bias is None:
-            value = torch.zeros_like(key)
-        else:
-            value = self.v_bias.to(v.dtype).expand_as(key)
+        value = (torch.zeros_like(key) if self.v_bias is None else
+                 self.v_bias.to(v.dtype).expand_as(key))
         return q, torch.cat((k, key), dim=2), torch.cat((v, value), dim=2)
 
 
@@ -192,10 +189,6 @@ class QKNorm(nn.Module):
 
 # ---- by name ----
 
-def softmax():
-    return nn.Softmax(dim=-1)
-
-
 def d_head(c):
     return c.width // c.heads
 
@@ -213,12 +206,13 @@ ATTENTIONS |= {
     "sigmoid": lambda c: Heads(SigmoidAttention(c.seq_len)),
     "relu": lambda c: Heads(ReLUAttention()),
     "softpick": lambda c: Heads(Softpick()),
-    "headwise-gate": lambda c: Heads(softmax(), WholeInputGate(c.width, c.heads)),
-    "elementwise-gate": lambda c: Heads(softmax(), WholeInputGate(c.width, c.heads, d_head(c))),
-    "value-gate": lambda c: Heads(softmax(), ValueGate(c.width, c.heads)),
-    "k-bias": lambda c: Heads(softmax(), None, ExtraKey(c.heads, d_head(c), with_value=False)),
-    "kv-bias": lambda c: Heads(softmax(), None, ExtraKey(c.heads, d_head(c), with_value=True)),
-    "qk-norm": lambda c: Heads(softmax(), None, QKNorm(d_head(c), c.norm_eps)),
+    "headwise-gate": lambda c: Heads(nn.Softmax(-1), WholeInputGate(c.width, c.heads)),
+    "elementwise-gate": lambda c: Heads(nn.Softmax(-1),
+                                        WholeInputGate(c.width, c.heads, d_head(c))),
+    "value-gate": lambda c: Heads(nn.Softmax(-1), ValueGate(c.width, c.heads)),
+    "k-bias": lambda c: Heads(nn.Softmax(-1), None, ExtraKey(c.heads, d_head(c), with_value=False)),
+    "kv-bias": lambda c: Heads(nn.Softmax(-1), None, ExtraKey(c.heads, d_head(c), with_value=True)),
+    "qk-norm": lambda c: Heads(nn.Softmax(-1), None, QKNorm(d_head(c), c.norm_eps)),
 }
 
 

@@ -51,13 +51,16 @@ def hidden(model):
 
 
 @torch.no_grad()
+def last_hidden(model, inputs):
+    with hidden(model) as passes:
+        model(*inputs)
+    return passes[-1]
+
+
 def last_states(run, model, batches=None):
-    """The last hidden states of each batch of the run's validation split, of a model in its place:
-    a generator."""
+    """The `last_hidden` of each batch of the run's validation split, of a model in its place."""
     for inputs, _ in run.validation(batches):
-        with hidden(model) as passes:
-            model(*to_device(inputs, run.device))
-        yield passes[-1]
+        yield last_hidden(model, to_device(inputs, run.device))
 
 
 def signal_to_noise(pairs):

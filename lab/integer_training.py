@@ -76,12 +76,10 @@ class IntegerTrainingLinear(FakeQuantLinear):
         if not self.input_quantizer.active:
             return F.linear(x, self.weight, self.bias)
         kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-        bits = self.weight_quantizer.n_bits, self.input_quantizer.n_bits
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        bits = self.w_bits, self.input_quantizer.n_bits
         ranges = GRANULARITIES[self.input_quantizer.granularity]
-        parts = self.weight_quantizer.parts
-        return IntegerProduct.apply(x, self.weight, self.bias, bits, parts, ranges, dtype)
+        return IntegerProduct.apply(x, self.weight, self.bias, bits, self.parts, ranges, dtype)
 
 
 LINEARS["integer"] = IntegerTrainingLinear

@@ -78,32 +78,22 @@ class DynamicQuantizer(nn.Module):
         return StraightThrough.apply(x, low, high, self.n_bits, False)
 
 
-class DynamicWeightQuantizer(nn.Module):
-    """Symmetric per-tensor fake quantization of a weight; each of its `parts` has a scale."""
-
-    def __init__(self, n_bits=8, parts=1):
-        super().__init__()
-        self.n_bits, self.parts, self.active = n_bits, parts, True
-
-    def forward(self, weight):
-        if not self.active:
-            return weight
-        groups = weight.reshape(self.parts, -1)
-        largest = minmax_threshold(groups.detach(), self.n_bits)
-        return StraightThrough.apply(groups, -largest, largest, self.n_bits, True).view_as(weight)
-
-
 class FakeQuantLinear(nn.Module):
-    """A Linear, whose weight and bias it shares, with both operands of its product quantized."""
+    """A Linear, whose weight and bias it shares, with both operands of its product quantized: the
+    input by a DynamicQuantizer; the weight symmetrically, each of its `parts` with a scale."""
 
     def __init__(self, linear, w_bits=8, a_bits=8, granularity="token"):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self.w_bits, self.parts = w_bits, getattr(linear, "parts", 1)
         self.input_quantizer = DynamicQuantizer(a_bits, granularity)
-        self.weight_quantizer = DynamicWeightQuantizer(w_bits, getattr(linear, "parts", 1))
 
     def forward(self, x):
-        return F.linear(self.input_quantizer(x), self.weight_quantizer(self.weight), self.bias)
+        weight = self.weight.reshape(self.parts, -1)
+        if self.input_quantizer.active:
+            largest = minmax_threshold(weight.detach(), self.w_bits)
+            weight = StraightThrough.apply(weight, -largest, largest, self.w_bits, True)
+        return F.linear(self.input_quantizer(x), weight.view_as(self.weight), self.bias)
 
 
 LINEARS = {"simulated": FakeQuantLinear}  # lab/integer_training.py has another

@@ -38,17 +38,9 @@ class Part:
         return np.array(self.images[rows]), self.labels[rows]
 
 
-@dataclass
-class ImageSource:
-    """Labelled images to train on and to validate with; they never overlap."""
-    train: Part
-    validation: Part
-    classes: int
-    sha256: str
-
-
-def load_images(source):
-    """Open `--data`: a name in IMAGES, or a folder that `read_folder` knows. Else UserError."""
+def load_images(source, image_size=None):
+    """Images from `--data`: a name in IMAGES, or a folder that `read_folder` knows. Else
+    UserError."""
     try:
         train, validation = IMAGES[source]() if source in IMAGES else read_folder(Path(source))
     except (OSError, ValueError) as error:
@@ -64,8 +56,7 @@ def load_images(source):
             raise UserError(f"--data {source}: labels are {labels.dtype} {labels.shape}; expected "
                             "whole numbers from 0 to 65535, one per image")
         part.labels = np.array(labels, dtype=np.int64)
-    classes = int(max(train.labels.max(), validation.labels.max())) + 1
-    return ImageSource(train, validation, classes, sha256_of(train, validation))
+    return Images(train, validation, image_size)
 
 
 # A name for --data -> (Part to train on, Part to validate with).
@@ -193,30 +184,32 @@ def draw_shapes(count, seed, size=32):
 class Images:
     """Batches of labelled images, uint8; `to_model` makes them floats; the model normalizes them.
 
-    `image_size` is what the model sees; images of another size are resized and cropped (C.3).
+    train, validation: two Parts that do not overlap. `image_size` is what the model sees; images of
+    another size are resized and cropped (C.3).
     """
 
-    def __init__(self, source, image_size=None):
-        self.source, self.classes, self.sha256 = source, source.classes, source.sha256
-        self.image_size = image_size or source.train.images.shape[1]
+    def __init__(self, train, validation, image_size=None):
+        self.train, self.validation, self.sha256 = train, validation, sha256_of(train, validation)
+        self.classes = int(max(train.labels.max(), validation.labels.max())) + 1
+        self.image_size = image_size or train.images.shape[1]
         self.sizes = {"image_size": self.image_size, "classes": self.classes}
 
     def train_rows(self, seed, step, size):
         """Which images batch `step` holds, (size,), drawn at random: a function of (seed, step)."""
-        return np.random.default_rng((seed, step)).integers(len(self.source.train), size=size)
+        return np.random.default_rng((seed, step)).integers(len(self.train), size=size)
 
     def train_batch(self, seed, step, size):
         """(images (size, H, W, 3), labels (size,)), as they are on disk."""
-        return self.source.train.take(self.train_rows(seed, step, size))
+        return self.train.take(self.train_rows(seed, step, size))
 
     def train_images(self, rows):
         """The images (B, 3, H, W) and labels (B,) of some `train_rows`, to be augmented."""
-        return self.to_float(*self.source.train.take(rows))
+        return self.to_float(*self.train.take(rows))
 
     def validation_batches(self, size, batches, rank=0, world=1):
         """Up to `batches` pairs (images, labels): always the same images, none twice."""
-        for _, chosen in spread(len(self.source.validation), size, batches, rank, world):
-            yield self.source.validation.take(chosen)
+        for _, chosen in spread(len(self.validation), size, batches, rank, world):
+            yield self.validation.take(chosen)
 
     def to_float(self, images, labels):
         """Arrays -> (images (B, 3, H, W) from 0 to 1, labels (B,)), floats and int64."""

@@ -160,7 +160,7 @@ class Bert(nn.Module):
         self.embedding_norm = NORMS[config.norm](config)
         self.embedding_norm_tap = Tap()
         self.dropout = Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.Sequential(*(Block(config) for _ in range(config.layers)))
         self.head = MaskedHead(config, self.token_embedding) if config.masked_head else None
         # without a head there is nothing to predict: how near to floating point do states stay?
         self.metric = "perplexity" if config.masked_head else "sqnr"
@@ -178,9 +178,7 @@ class Bert(nn.Module):
         T = tokens.shape[1]
         x = self.token_embedding(tokens) + self.position_embedding.weight[:T]  # (B, T, width)
         x = self.embedding_norm_tap(self.embedding_norm(self.embedding_sum_tap(x)))
-        x = self.dropout(x)
-        for layer in self.layers:
-            x = layer(x)
+        x = self.layers(self.dropout(x))
         if positions is not None:
             x = x.flatten(0, 1)[positions]  # (N, width)
         return x if self.head is None else self.head(x)
@@ -220,7 +218,7 @@ class Opt(nn.Module):
         self.token_embedding = nn.Embedding(config.vocab_size, config.width)
         self.position_embedding = nn.Embedding(config.seq_len, config.width)
         self.embedding_sum_tap = Tap()
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.Sequential(*(Block(config) for _ in range(config.layers)))
         self.final_norm = NORMS[config.norm](config)
         self.final_norm_tap = Tap()
         self.decoder = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -231,9 +229,7 @@ class Opt(nn.Module):
         """tokens (B, T) -> logits of each next token (B, T, vocab)"""
         T = tokens.shape[1]
         x = self.token_embedding(tokens) + self.position_embedding.weight[:T]  # (B, T, width)
-        x = self.embedding_sum_tap(x)
-        for layer in self.layers:
-            x = layer(x)
+        x = self.layers(self.embedding_sum_tap(x))
         return self.decoder(self.final_norm_tap(self.final_norm(x)))
 
 
@@ -260,7 +256,7 @@ class ViT(nn.Module):
         self.position_embedding = nn.Embedding(config.seq_len, config.width)
         self.embedding_sum_tap = Tap()
         self.dropout = Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.Sequential(*(Block(config) for _ in range(config.layers)))
         self.final_norm = NORMS[config.norm](config)
         self.final_norm_tap = Tap()
         self.head = nn.Linear(config.width, config.classes)
@@ -274,9 +270,7 @@ class ViT(nn.Module):
             x = self.patch_norm_tap(self.patch_norm(x))
         cls = self.cls_embedding.weight.to(x.dtype).expand(len(x), 1, -1)
         x = torch.cat((cls, x), dim=1) + self.position_embedding.weight  # (B, T, width)
-        x = self.dropout(self.embedding_sum_tap(x))
-        for layer in self.layers:
-            x = layer(x)
+        x = self.layers(self.dropout(self.embedding_sum_tap(x)))
         return self.head(self.final_norm_tap(self.final_norm(x[:, 0])))
 
     def patches(self, images):

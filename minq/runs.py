@@ -314,8 +314,8 @@ def open_data(checkpoint, source):
     """A run's data. Imported here: who trains on text needs no pictures."""
     args, config = checkpoint["args"], checkpoint["config"]
     if checkpoint["family"] == "vit":
-        from minq.images import Images, load_images
-        return Images(load_images(source), config["image_size"])
+        from minq.images import load_images
+        return load_images(source, config["image_size"])
     from minq.data import CausalText, MaskedText, load_text
     text = load_text(source, args["vocab_size"], args["special_ids"])
     if checkpoint["family"] == "bert":

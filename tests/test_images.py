@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minq.flags import UserError
-from minq.images import EXTENT, SHAPES, Images, ImageSource, Part, draw_shapes, load_images
+from minq.images import EXTENT, SHAPES, Images, Part, draw_shapes, load_images
 
 
 # ---- files made by hand ----
@@ -63,8 +63,8 @@ def test_arrays_stay_on_disk_and_are_split_at_random(tmp_path):
     train, validation = train[:, 0, 0, 0], validation[:, 0, 0, 0]
     assert len(validation) == 20 and sorted([*train, *validation]) == list(range(200))
     assert len(set(validation // 20)) >= 6  # the last tenth of a sorted array would be one class
-    data = Images(load_images(tmp_path))
-    assert np.array_equal(source.validation.rows, data.source.validation.rows)
+    data = load_images(tmp_path)
+    assert np.array_equal(source.validation.rows, data.validation.rows)
     for x in data.train_batch(0, 0, 8):
         x[:] = 255
     assert all(x.max() < 255 for x in data.train_batch(0, 0, 8))  # batches are copies
@@ -159,7 +159,7 @@ def numbered():
     def part(numbers):
         values = np.array(numbers, dtype=np.uint8)
         return Part(np.repeat(values, 48).reshape(-1, 4, 4, 3), values.astype(np.int64))
-    return Images(ImageSource(part(range(100)), part(range(100, 150)), 150, "0"))
+    return Images(part(range(100)), part(range(100, 150)))
 
 
 def test_train_batches_are_pure_and_floats_from_0_to_1_for_the_model(numbered):
@@ -177,7 +177,7 @@ def test_train_batches_are_pure_and_floats_from_0_to_1_for_the_model(numbered):
     assert torch.equal(y, torch.from_numpy(labels))
     drawn, again = numbered.train_images(numbered.train_rows(1, 7, 64))
     assert torch.equal(drawn[:, :, 0], x[:, :, 0]) and torch.equal(y, again)
-    larger = Images(numbered.source, image_size=8)
+    larger = Images(numbered.train, numbered.validation, image_size=8)
     assert larger.to_model(pixels, labels)[0][0].shape == (64, 3, 8, 8)
     assert (numbered.classes, numbered.image_size, larger.image_size) == (150, 4, 8)
 
