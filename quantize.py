@@ -9,7 +9,7 @@ from itertools import product
 
 from tqdm import tqdm
 
-import lab.cures  # noqa: F401, more attentions: runs that have one open
+import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.tables import (METRICS, markdown, mean_and_std, nan_last, outlier_columns, with_std,
                         write_json)
 from minq import flags

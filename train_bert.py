@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.cures, lab.integer_training, lab.muon  # noqa: F401, names for --attention and others
+import lab.backcopy, lab.cures, lab.integer_training, lab.muon  # noqa: F401, names for flags
 from minq import flags
-from minq.data import IGNORE, TEXTS, MaskedText, load_text
+from minq.data import IGNORE, MaskedText, load_text
 from minq.fake_quant import LINEARS, fake_quantize_training
 from minq.model import Bert, BertConfig
 from minq.runs import Run, resume
@@ -42,7 +42,7 @@ def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
     flags.add_config_flags(parser, BertConfig)
-    flags.add_text_flags(parser, TEXTS)
+    flags.add_text_flags(parser)
     parser.add_argument("--mask-prob", type=flags.fraction, help="share of tokens to predict")
     flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
     args, typed = flags.read_flags("bert", BertConfig, parser, PRESETS, argv)

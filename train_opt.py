@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.cures, lab.integer_training, lab.muon  # noqa: F401, names for --attention and others
+import lab.backcopy, lab.cures, lab.integer_training, lab.muon  # noqa: F401, names for flags
 from minq import flags
-from minq.data import TEXTS, CausalText, load_text
+from minq.data import CausalText, load_text
 from minq.fake_quant import LINEARS, fake_quantize_training
 from minq.model import Opt, OptConfig
 from minq.runs import Run, open_run, resume
@@ -41,7 +41,7 @@ def main(argv=None):
     # ---- arguments ----
     parser = flags.Parser(__doc__)
     flags.add_config_flags(parser, OptConfig)
-    flags.add_text_flags(parser, TEXTS)
+    flags.add_text_flags(parser)
     parser.add_argument("--sample", type=flags.positive, metavar="N",
                         help="train nothing; print N tokens of text from the run in --out")
     flags.add_training_flags(parser, OPTIMIZERS, LINEARS)

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import lab.cures  # noqa: F401, runs with such an attention open
+import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.survey import (OUTLIER_TAPS, at_triggers, group_shares, on_patches, record, survey,
                         token_groups, token_names, worst_dimension)
 from lab.tables import markdown, read_log, save_pictures

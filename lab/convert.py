@@ -20,9 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import lab.backcopy  # noqa: F401, a name for --text
 from minq import flags
-from minq.data import TEXTS, load_text
-from minq.flags import UserError
+from minq.data import load_text
+from minq.flags import TEXTS, UserError
 from minq.images import IMAGES
 from minq.model import FAMILIES
 from minq.runs import open_data, open_run

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import lab.cures  # noqa: F401, runs with such an attention open
+import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.tables import METRICS, markdown, save_pictures, write_json
 from minq import flags
 from minq.outliers import growth, listening, watch

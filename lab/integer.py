@@ -33,7 +33,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import lab.cures  # noqa: F401, runs with such an attention open
+import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.damage import last_states, scores
 from lab.tables import markdown
 from lab.timing import in_turns

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import lab.cures  # noqa: F401, runs with such an attention open
+import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.damage import last_states, scores
 from lab.tables import markdown, mean_and_std, remedy_columns, write_json
 from minq import flags

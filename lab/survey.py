@@ -13,7 +13,7 @@ from string import ascii_letters, digits, punctuation
 import numpy as np
 import torch
 
-from minq.data import BACKCOPY_TRIGGERS
+from lab.backcopy import TRIGGERS
 from minq.outliers import Averages, is_outlier, listening, norms_and_kurtosis
 from minq.training import to_device
 
@@ -169,7 +169,7 @@ def at_triggers(model, batches, device):
         for batch in batches:
             (tokens,), _ = to_device(batch, device)
             model(tokens)
-            triggers = tokens[:, 2:] < BACKCOPY_TRIGGERS  # (B, T - 2)
+            triggers = tokens[:, 2:] < TRIGGERS  # (B, T - 2)
             for layer, (probs, pi) in enumerate(zip(*kept.values())):
                 seen = {"start": probs[..., 2:, 0], "before": probs.diagonal(-1, 2, 3)[..., 1:]}
                 if pi is not None:

@@ -15,13 +15,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from minq.flags import UserError
+from minq.flags import TEXTS, UserError
 
 IGNORE = -100            # a label that is not predicted (cross_entropy's default)
 VALIDATION_SHARE = 0.1   # the last tenth of a text; of an array of images a tenth
 BYTES = 256
-BACKCOPY_SYMBOLS = 64
-BACKCOPY_TRIGGERS = 3
 ENWIK8 = ("http://mattmahoney.net/dc/enwik8.zip",  # 100 MB of Wikipedia
           "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc")
 
@@ -105,31 +103,6 @@ def stdlib_source():
     return b"\n".join(path.read_bytes().replace(b"\r\n", b"\n") for path in paths)
 
 
-def bigram_backcopy(chains=16_384, length=256, triggers=BACKCOPY_TRIGGERS, seed=0):
-    """The Bigram-Backcopy task (Guo et al., "Active-Dormant Attention Heads"), uint8.
-
-    Symbols are the most frequent bytes of the standard library, 0 the most frequent, and follow its
-    bigrams; but after one of the first `triggers` symbols comes a copy of the symbol before it. A
-    head that copies is needed after a trigger and must do nothing everywhere else.
-    """
-    source = as_bytes(stdlib_source())
-    by_frequency = np.argsort(-np.bincount(source, minlength=256), kind="stable")
-    symbols = np.argsort(by_frequency).astype(np.uint8)[source]  # each byte's rank
-    symbols = symbols[symbols < BACKCOPY_SYMBOLS].astype(np.int64)
-    pairs = np.bincount(symbols[:-1] * BACKCOPY_SYMBOLS + symbols[1:],
-                        minlength=BACKCOPY_SYMBOLS ** 2).reshape(BACKCOPY_SYMBOLS, -1)
-    cumulative = pairs.cumsum(axis=1) / pairs.sum(axis=1, keepdims=True)
-
-    rng = np.random.default_rng(seed)
-    chain = np.empty((length, chains), dtype=np.uint8)
-    chain[0] = rng.integers(BACKCOPY_SYMBOLS, size=chains)
-    for t in range(1, length):  # all chains take a step at once
-        chain[t] = (cumulative[chain[t - 1]] < rng.random((chains, 1))).sum(axis=1)
-        if t > 1:
-            chain[t] = np.where(chain[t - 1] < triggers, chain[t - 2], chain[t])
-    return chain.T.reshape(-1)
-
-
 def downloaded(name, url, sha256):
     """The path of the file or folder `name` in an archive, kept in ~/.cache/minq (or
     XDG_CACHE_HOME/minq); the first call downloads it, checks it and unpacks it."""
@@ -148,10 +121,10 @@ def downloaded(name, url, sha256):
     return cache / name
 
 
-# A name for --data -> (tokens uint8, size of their vocabulary). To add one, name it here.
-TEXTS = {
+# A name for --data -> (tokens uint8, size of their vocabulary). To add one, name it here (or as
+# lab/backcopy.py).
+TEXTS |= {
     "stdlib": lambda: (as_bytes(stdlib_source()), BYTES),
-    "backcopy": lambda: (bigram_backcopy(), BACKCOPY_SYMBOLS),
     "enwik8": lambda: (np.memmap(downloaded("enwik8", *ENWIK8), np.uint8, "r"), BYTES),
 }
 

@@ -149,9 +149,12 @@ def attention_settings(config):
 
 # ---- what is not of the model ----
 
-def add_text_flags(parser, builtin):
+TEXTS = {}  # a name for --data -> what makes the text; minq/data.py and lab/ name theirs here
+
+
+def add_text_flags(parser):
     add = parser.add_argument_group("text").add_argument
-    add("--data", type=source(builtin), help=f"{', '.join(builtin)}, a file or folder, or a .bin")
+    add("--data", type=source(TEXTS), help=f"{', '.join(TEXTS)}, a file or folder, or a .bin")
     add("--vocab-size", type=number(int, low=1, high=2 ** 16), help="vocabulary of a .bin (uint16)")
     add("--special-ids", type=special_ids, help="PAD,CLS,SEP,MASK of a .bin; by default last")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-from minq.data import (BACKCOPY_SYMBOLS, BYTES, IGNORE, TEXTS, CausalText, MaskedText,
-                       bigram_backcopy, load_text)
+from lab.backcopy import SYMBOLS, bigram_backcopy
+from minq.data import BYTES, IGNORE, TEXTS, CausalText, MaskedText, load_text
 from minq.flags import UserError
 from minq.runs import Run, open_data
 
@@ -44,7 +44,7 @@ def test_backcopy_follows_bigrams_and_copies_after_triggers():
     chains, again = (bigram_backcopy(2000, length=50).reshape(2000, 50) for _ in range(2))
     after_trigger, copied = chains[:, 1:-1] < 3, chains[:, 2:] == chains[:, :-2]
     assert copied[after_trigger].all() and copied[~after_trigger].mean() < 0.3  # by chance
-    assert chains.max() < BACKCOPY_SYMBOLS and 0.1 < after_trigger.mean() < 0.9
+    assert chains.max() < SYMBOLS and 0.1 < after_trigger.mean() < 0.9
     assert np.array_equal(again, chains)
 
 
