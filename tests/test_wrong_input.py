@@ -92,7 +92,7 @@ train_bert --out bert --resume --overwrite    | --resume | --overwrite | give on
 train_bert --resume                           | new: no run here
 train_bert --resume --out bert --lr 0.5       | --lr 0.5 | 0.0015
 train_bert --resume --out weights             | weights has weights only
-train_bert --data nowhere                     | nowhere: | No such file | built in: stdlib
+train_bert --data nowhere                     | nowhere: | No such file | built in: | stdlib
 train_bert --data short.txt                   | 1 tokens | --seq-len 16
 train_bert --data seventy.bin                 | seventy.bin: | --vocab-size
 train_bert --data seventy.bin --vocab-size 70 | seventy.bin: holds token 70 | --vocab-size
