@@ -94,7 +94,7 @@ def main(argv=None):
         set_lr(optimizer, args.lr * cosine_schedule(step, args.warmup, args.steps))
         rows = data.train_rows(args.seed, step, batch_size)
         for rows_here, places in run.micro_batches(rows, np.arange(batch_size)):
-            images, labels = to_device(data.train_images(rows_here), device)
+            images, labels = to_device(data.to_float(*data.train.take(rows_here)), device)
             draws = Draws(step_seed(args.seed, step), device, places, batch_size)
             strengths = {name: getattr(args, name) for name in PIECES}
             images, targets = augment(images, labels, data.classes, draws, data.image_size,

@@ -18,7 +18,7 @@ are not installed. Of the paper's models batches are small: 8, 4 and 16.
 import argparse
 import copy
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 
 import torch
 import torch.nn as nn
@@ -47,10 +47,12 @@ TASKS = {family: SCRIPTS[family].PRESETS["paper"] | dict(family=family, title=ti
 LAPTOP = {family: script.PRESETS["laptop"] | dict(
     family=family, title=f"laptop {family}", image_size=32) for family, script in SCRIPTS.items()}
 
+text = cache(load_text)
 
-def new_model(recipe, device):
+
+def new_model(recipe):
     build = FAMILIES[recipe["family"]]
-    return build(build.config_class.of(argparse.Namespace(**recipe))).to(device)
+    return build(build.config_class.of(argparse.Namespace(**recipe)))
 
 
 def batch(model, size):
@@ -61,7 +63,7 @@ def batch(model, size):
         labels = torch.randint(config.classes, (size,))
         return ((images,), labels), (2 * images - 1, labels)
     loader = {"bert": MaskedText, "opt": CausalText}[model.family]
-    data = loader(load_text("stdlib"), config.seq_len)
+    data = loader(text("stdlib"), config.seq_len)
     tokens, labels = data.train_batch(0, 0, size)
     theirs = (tokens, labels if loader is MaskedText else tokens)  # its OPT shifts them by itself
     return data.to_model(tokens, labels), tuple(map(torch.from_numpy, theirs))
@@ -70,9 +72,9 @@ def batch(model, size):
 def training_step(recipe, device):
     """A step of a new model, or of what the recipe's `prepare` makes of it, as a function: forward,
     backward, clipping, optimizer."""
-    model = new_model(recipe, device)
+    model = new_model(recipe)
     (inputs, targets), (x, labels) = to_device(batch(model, recipe["batch_size"]), device)
-    model = recipe.get("prepare", nn.Identity())(model)
+    model = recipe.get("prepare", nn.Identity())(model.to(device)).to(device)
     groups, make = parameter_groups(model, 0.01), OPTIMIZERS[recipe.get("optimizer", "adamw")]
     optimizer = make(model, groups, lr=1e-4, betas=(0.9, 0.999))
 
@@ -101,8 +103,7 @@ def hugging_face(attention, model):
         intermediate_size=c.ffn, ffn_dim=c.ffn, word_embed_proj_dim=c.width,
         max_position_embeddings=c.seq_len, num_labels=getattr(c, "classes", 2),
         layer_norm_eps=c.norm_eps, hidden_dropout_prob=c.dropout, attention_dropout=c.dropout,
-        attention_probs_dropout_prob=c.dropout, attn_implementation=attention)
-    ).to(next(model.parameters()).device)
+        attention_probs_dropout_prob=c.dropout, attn_implementation=attention))
 
 
 def torchao(kind, model):
@@ -150,7 +151,7 @@ def training_steps(recipes, variants, device, settings):
 
 def integer(device, settings):
     for recipe in (LAPTOP["bert"], TASKS["bert"]):
-        model = new_model(recipe | settings | dict(masked_head=False), device).eval()
+        model = new_model(recipe | settings | dict(masked_head=False)).to(device).eval()
         x = batch(model, recipe["batch_size"])[1][0].to(device)
         w8a8 = quantize_model(model, a_estimator="minmax")
         with calibrating(w8a8):

@@ -202,10 +202,6 @@ class Images:
         """(images (size, H, W, 3), labels (size,)), as they are on disk."""
         return self.train.take(self.train_rows(seed, step, size))
 
-    def train_images(self, rows):
-        """The images (B, 3, H, W) and labels (B,) of some `train_rows`, to be augmented."""
-        return self.to_float(*self.train.take(rows))
-
     def validation_batches(self, size, batches, rank=0, world=1):
         """Up to `batches` pairs (images, labels): always the same images, none twice."""
         for _, chosen in spread(len(self.validation), size, batches, rank, world):

@@ -275,10 +275,8 @@ class ViT(nn.Module):
 
     def patches(self, images):
         """(B, 3, H, W) -> (B, patches, 3 * patch_size^2), row by row"""
-        size = self.config.patch_size
-        x = images.unflatten(3, (-1, size))  # (B, 3, H, columns, size)
-        x = x.unflatten(2, (-1, size))  # (B, 3, rows, size, columns, size)
-        return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        x = nn.functional.pixel_unshuffle(images, self.config.patch_size)
+        return x.flatten(2).mT.contiguous()
 
 
 # ---- initialization ----

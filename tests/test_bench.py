@@ -35,7 +35,7 @@ def test_hugging_faces_model_is_ours(family, attention, tiny, tmp_path):
     """With its weights and sizes ours gives its logits, and its loss on the batch that is timed."""
     pytest.importorskip("transformers")
     recipe = bench.TASKS[family]
-    timed = bench.new_model(recipe, CPU)
+    timed = bench.new_model(recipe)
     theirs = bench.hugging_face(attention, timed).eval()
     for p in theirs.parameters():
         p += 0.1 * torch.randn_like(p)  # biases and norms that matter
@@ -63,7 +63,7 @@ def test_hugging_faces_model_is_ours(family, attention, tiny, tmp_path):
 @torch.no_grad()
 def test_torchao_quantizes_all_linears_but_the_last(kind, tiny):
     pytest.importorskip("torchao")
-    model = bench.new_model(bench.TASKS["vit"], CPU).eval()
+    model = bench.new_model(bench.TASKS["vit"]).eval()
     x = torch.rand(3, 3, 32, 32)
     before, plain = model(x), lambda m: type(m) is nn.Linear and type(m.weight) is nn.Parameter
     bench.torchao(kind, model)
@@ -116,7 +116,7 @@ def test_the_rooflines_product_has_the_steps_operations(tiny):
         with FlopCounterMode(display=False) as counter:
             steps[name]()
         counted.append(counter.get_total_flops())
-    model = bench.new_model(recipe, CPU)
+    model = bench.new_model(recipe)
     weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     attention = 2 * 2 * 20 * 48  # two products in two layers
     assert counted[0] == 3 * 2 * 9 * 20 * (weights + attention)  # backward has two for each

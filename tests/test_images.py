@@ -175,7 +175,7 @@ def test_train_batches_are_pure_and_floats_from_0_to_1_for_the_model(numbered):
     (x,), y = numbered.to_model(pixels, labels)
     assert torch.equal(x, torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255) and x.max() == 1
     assert torch.equal(y, torch.from_numpy(labels))
-    drawn, again = numbered.train_images(numbered.train_rows(1, 7, 64))
+    drawn, again = numbered.to_float(*numbered.train.take(numbered.train_rows(1, 7, 64)))
     assert torch.equal(drawn[:, :, 0], x[:, :, 0]) and torch.equal(y, again)
     larger = Images(numbered.train, numbered.validation, image_size=8)
     assert larger.to_model(pixels, labels)[0][0].shape == (64, 3, 8, 8)
