@@ -8,14 +8,14 @@ quant.py rounds numbers to a grid and multiplies them in floating point. On the 
 output of a Linear whose input and weights lie on grids, x = s_x (q_x - z) and w = s_w q_w:
 
     y = sum_k s_x (q_x - z) s_w q_w + b
-      = s_x s_w  sum_k q_x q_w  +  (b - s_x s_w z sum_k q_w)
-                 ------------       -----------------------
-                 int8 into int32    one number per output, known beforehand
+      = s_x s_w (sum_k q_x q_w  -  z sum_k q_w)  +  b
+                 -------------     -----------
+                 int8 into int32   one integer per output, known beforehand
 
 The scales leave the sum because they are the same for each k: that is what "per tensor" buys (a
-scale for each row of W may leave it, too). The zero point costs nothing: its sum over the weights
-goes into the bias. So only the first sum is work, and it is exact: 3072 products of two int8 stay
-far below 2^31.
+scale for each row of W may leave it, too). The zero point costs next to nothing. So only the first
+sum is work. Both are exact, and they are subtracted as integers, since float32 holds integers up to
+2^24 only: 3072 products stay far below 2^31.
 
 A block has four such Linears, and each has its tap, whose grid its input lies on (`pairs`). Where
 a tap goes straight into its Linear, the Linear does the tap's rounding, too. What else is
@@ -50,14 +50,18 @@ SHIFT = 128  # the grid 0 .. 255 as int8: integers and zero point both move by i
 # ---- the kernel ----
 
 def int_mm(a, b):
-    """Integer product, exact: int8 (M, K), int8 (K, N) -> int32 (M, N)."""
+    """Integer product, exact: int8 (M, K), int8 (K, N) -> int32 (M, N); K up to 65,536."""
     (M, K), N = a.shape, b.shape[1]
-    if a.is_cuda or K == 1 or N == 1:
-        # a GPU wants more than 16 rows and multiples of 8 (not tried: none was at hand); on a CPU,
-        # PyTorch 2.13 leaves the result unwritten where K is 1
-        rows, multiple = (17, 8) if a.is_cuda else (1, 2)
+    if K > 2 ** 16:
+        raise UserError(f"a Linear adds {K} products of int8; int32 holds 65,536 with a zero point")
+    # On a CPU PyTorch 2.13 leaves the result unwritten where rows overlap, and where a dimension of
+    # size 1 has a stride that does not matter to anybody else. A GPU wants more than 16 rows and
+    # multiples of 8 (not tried: none was at hand).
+    if a.is_cuda or 1 in (M, K, N):
+        rows, multiple = (17, 8) if a.is_cuda else (2, 2)
         a = F.pad(a, (0, -K % multiple, 0, max(0, rows - M)))
         b = F.pad(b, (0, -N % multiple, 0, -K % multiple))
+    a, b = (x if x.t().is_contiguous() else x.contiguous() for x in (a, b))
     if SATURATES and not a.is_cuda:  # b = 2 (b >> 1) + (b & 1): seven bits, and one
         product = torch._int_mm(a, b >> 1).mul_(2).add_(torch._int_mm(a, b & 1))
     else:
@@ -90,13 +94,15 @@ class IntegerLinear(nn.Module):
         self.register_buffer("in_scale", tap.scale)
         self.register_buffer("zero_point", tap.zero_point)
         self.register_buffer("scale", tap.scale * row_scale[:, 0])  # s_x s_w, (N,)
-        offset = self.scale * (tap.zero_point - SHIFT) * integers.sum(dim=1)
-        self.register_buffer("bias", 0 - offset if linear.bias is None else linear.bias - offset)
+        shift = (tap.zero_point.int() - SHIFT) * self.integers.sum(dim=1, dtype=torch.int32)
+        self.register_buffer("shift", shift)  # z sum_k q_w, (N,)
+        self.register_buffer("bias", shift * 0.0 if linear.bias is None else linear.bias)
 
     def forward(self, x):
-        q = quantize(x, self.in_scale, self.zero_point, self.n_bits) - SHIFT
-        sums = int_mm(q.to(torch.int8).flatten(0, -2), self.integers.t())
+        q = quantize(x, self.in_scale, self.zero_point, self.n_bits).sub_(SHIFT).flatten(0, -2)
+        sums = int_mm(q.to(torch.int8), self.integers.t()).sub_(self.shift)  # exact until here
         y = sums.float().mul_(self.scale).add_(self.bias)
+        y.add_(0.0 * q.amax(dim=1, keepdim=True))  # no int8 is NaN: as in floats, its row gets it
         return y.view(*x.shape[:-1], -1)
 
 

@@ -47,8 +47,8 @@ class IntegerProduct(torch.autograd.Function):
         s_w = s_w.repeat_interleave(len(weight) // parts)  # (N,)
 
         sums = int_mm(q_x.flatten(0, -2), q_w.t()).view(*x.shape[:-1], -1)
-        row_sum = q_w.sum(dim=1, dtype=torch.int32).float()
-        y = sums.float().addcmul_(z, row_sum, value=-1).mul_(s_x).mul_(s_w)
+        sums -= z.int() * q_w.sum(dim=1, dtype=torch.int32)
+        y = sums.float().mul_(s_x).mul_(s_w)
         ctx.save_for_backward(q_x, s_x, z, q_w, s_w)
         ctx.has_bias, ctx.dtype = bias is not None, dtype
         return (y if bias is None else y.add_(bias)).to(dtype)
