@@ -28,11 +28,11 @@ def grid(n_bits, symmetric):
 
 
 def affine_parameters(low, high, n_bits, symmetric=False):
-    """Scale s and zero point z of the grid that spans [low, high], stretched to contain 0.
+    """Scale s and zero point z, float32, of the grid that spans [low, high] and contains 0.
 
     low, high: float tensors of any one shape. Symmetric: z = 0, and s spans max(|low|, |high|).
     """
-    low, high = low.clamp(max=0.0), high.clamp(min=0.0)
+    low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
     q_min, q_max = grid(n_bits, symmetric)
     span = torch.maximum(-low, high) if symmetric else high - low
     scale = (span / q_max).clamp(min=torch.finfo(torch.float32).tiny)  # all zeros have no span
@@ -141,10 +141,10 @@ def quantize_weight(weight, n_bits=8, estimator="minmax", granularity="tensor", 
     """weight -> (weight on its grid, that grid). Per tensor each of `parts` equal stacks of rows
     (W_q, W_k, W_v) has a scale, per channel each row: (G, 1) scales."""
     n_scales = len(weight) if granularity == "channel" and weight.dim() > 1 else parts
-    groups, symmetric = weight.detach().reshape(n_scales, -1), bool((weight < 0).any())
+    groups, symmetric = weight.detach().float().reshape(n_scales, -1), bool((weight < 0).any())
     threshold = W_ESTIMATORS[estimator](groups, n_bits, symmetric)
     found = weight_grid(threshold, n_bits, symmetric)
-    return fake_quantize(groups, *found).view_as(weight), found
+    return fake_quantize(groups, *found).view_as(weight).to(weight.dtype), found
 
 
 class ActivationQuantizer(nn.Module):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from minq.attention import Tap
 from minq.flags import UserError
 from minq.model import FAMILIES
-from minq.quant import (A_ESTIMATORS, ActivationQuantizer, affine_parameters, calibrating,
+from minq.quant import (A_ESTIMATORS, W_ESTIMATORS, ActivationQuantizer, affine_parameters, calibrating,
                         fake_quantize, grid, mse_threshold, percentile_of, quantize,
                         quantize_model, quantize_weight)
 from running import same
@@ -74,6 +74,21 @@ def test_arithmetic_is_float32_under_autocast():
         inside = on_grid(x), on_grid(x.bfloat16())
     assert torch.equal(inside[0], on_grid(x)) and inside[1].dtype == torch.bfloat16
     assert torch.equal(inside[1], on_grid(x.bfloat16().float()).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("ends", [(0.0, 0.0), (-6e4, 6e4), (0.0, 1e-7), (-1.0, 3.0)])
+def test_grids_of_half_precision_are_float32s(dtype, ends):
+    low, high = torch.tensor(ends, dtype=dtype)
+    found = affine_parameters(low, high, 8)
+    assert found == affine_parameters(low.float(), high.float(), 8) and found[0].isfinite()
+    weight = torch.tensor(ends, dtype=dtype).repeat(3, 5) * torch.tensor([1, 0, 0.5])[:, None]
+    weight = weight.to(dtype)  # a row of it is pruned
+    for estimator in W_ESTIMATORS:
+        found, (scale, *_) = quantize_weight(weight, 8, estimator, "channel")
+        expected, _ = quantize_weight(weight.float(), 8, estimator, "channel")
+        assert scale.dtype == torch.float32 and found.dtype == dtype
+        assert torch.equal(found, expected.to(dtype)) and found.isfinite().all()
 
 
 # ---- ranges and thresholds ----
