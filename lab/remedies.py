@@ -54,9 +54,7 @@ class OutlierColumns(ActivationQuantizer):
         if x.dim() == 3:
             beyond = x.abs().flatten(0, 1).amax(dim=0) > self.threshold  # (d,)
             self.columns = beyond | getattr(self, "columns", beyond)
-            if self.columns.all():
-                self.columns = torch.zeros_like(beyond)  # keep something to quantize
-            x = x[..., ~self.columns]
+            x = x if self.columns.all() else x[..., ~self.columns]  # then no grid is used
         super().observe(x)
 
     def on_grid(self, x):
@@ -83,7 +81,8 @@ class Groups(ActivationQuantizer):
         if not hasattr(self, "groups"):
             spread = x.amax(dim=(0, 1)) - x.amin(dim=(0, 1))  # (d,)
             order = torch.arange(len(spread), device=x.device)
-            self.groups = (spread.argsort() if self.permute else order).tensor_split(self.K)
+            order = spread.argsort() if self.permute else order
+            self.groups = order.tensor_split(min(self.K, len(order)))
             self.ranges = [A_ESTIMATORS[self.estimator]() for _ in self.groups]
         scale, zero_point = torch.empty(2, x.shape[-1], device=x.device)
         for group, seen in zip(self.groups, self.ranges):
@@ -94,16 +93,26 @@ class Groups(ActivationQuantizer):
 
 @lru_cache
 def hadamard(d):
-    """An orthogonal (d, d) matrix all of whose entries are about 1 / sqrt(d): Sylvester's Hadamard
-    matrix of the largest power of two in d, times (Kronecker) a cosine transform of the odd rest,
-    where QuaRot has tables."""
-    H, odd = torch.ones(1, 1), d
-    while odd % 2 == 0:
-        H, odd = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1))), odd // 2
-    k = torch.arange(odd)
-    cosines = torch.cos(math.pi / odd * k[:, None] * (k + 0.5)) * math.sqrt(2)
-    cosines[0] = 1.0
-    return torch.kron(H, cosines) / math.sqrt(d)
+    """An orthogonal (d, d) matrix. Its entries are all +-1 / sqrt(d) where d is 2^k, or 2^k times
+    one more than a prime of the form 4 n - 1, as 384 and 768 are (Hadamard matrices: Sylvester's,
+    Paley's). In any other d the odd rest is Hartley's transform, where QuaRot has tables."""
+    H, rest = torch.ones(1, 1), d
+    while rest % 2 == 0 and not has_paleys(rest):
+        H, rest = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1))), rest // 2
+    q = rest - (rest % 2 == 0)
+    k, block = torch.arange(q), torch.ones(rest, rest)
+    if q < rest:
+        squares = torch.full((q,), -1.0).index_fill(0, k * k % q, 1.0)  # is it one, modulo q?
+        block[1:, 0], block[1:, 1:] = -1.0, squares[(k[:, None] - k) % q]
+    else:
+        block = sum(f(2 * math.pi / q * k[:, None] * k) for f in (torch.cos, torch.sin))
+    return torch.kron(H, block) / math.sqrt(d)
+
+
+def has_paleys(d):
+    """Is d - 1 a prime of the form 4 n - 1? (Powers of 2 are left to Sylvester.)"""
+    divisors = range(3, math.isqrt(d) + 1)
+    return d % 4 == 0 and d & (d - 1) > 0 and all((d - 1) % n for n in divisors)
 
 
 class Rotated(ActivationQuantizer):

@@ -56,6 +56,8 @@ def load_images(source, image_size=None):
             raise UserError(f"--data {source}: labels are {labels.dtype} {labels.shape}; expected "
                             "whole numbers from 0 to 65535, one per image")
         part.labels = np.array(labels, dtype=np.int64)
+    if train.labels.min():  # numbered from 1, mostly: there would be a class that nobody has
+        raise UserError(f"--data {source}: labels begin at {train.labels.min()}; expected at 0")
     return Images(train, validation, image_size)
 
 
