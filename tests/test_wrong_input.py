@@ -35,7 +35,7 @@ def world(tmp_path_factory, corpus, cifar):
     (folder / "short.txt").write_text("ten bytes!")
     np.full(5000, 70, dtype="<u2").tofile("seventy.bin")
     np.save("sixty/images.npy", np.zeros((40, 8, 8, 3), dtype=np.uint8))
-    np.save("sixty/labels.npy", np.full(40, 59))
+    np.save("sixty/labels.npy", np.arange(40) % 2 * 59)
     os.chdir(here)
     return folder
 
