@@ -25,13 +25,12 @@ from minq import flags
 from minq.data import load_text
 from minq.flags import TEXTS, UserError
 from minq.images import IMAGES
-from minq.model import FAMILIES
+from minq.model import Bert, Opt, ViT
 from minq.runs import open_data, open_run
 
-TEXT_BYTES = 4 * 2 ** 20  # of text are tokenized at most: calibration and evaluation need less
 SPECIALS = {"bert": "[PAD] [CLS] [SEP] [MASK]", "opt": "<pad> </s> <s> <unk>"}  # OPT starts: </s>
-WEIGHTS = ("model.safetensors", "model-*-of-*.safetensors",  # the first that there are count
-           "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+WEIGHTS = (("model.safetensors", "model-*-of-*.safetensors"),  # the first form that there is counts
+           ("pytorch_model.bin", "pytorch_model-*-of-*.bin"))
 
 
 @flags.one_line_errors
@@ -92,10 +91,9 @@ def download(name):
     """(folder, revision) of a model of the Hugging Face Hub, from its cache if it is there."""
     try:
         from huggingface_hub import snapshot_download
-        for patterns in (WEIGHTS[:2], WEIGHTS[2:]):
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", *patterns]))
-            if any(map(any, map(folder.glob, patterns))):
-                break
+        get = lambda form: Path(snapshot_download(name, allow_patterns=["*.json", "*.txt", *form]))
+        folder = get(WEIGHTS[0])
+        folder = folder if any(folder.glob("*.safetensors")) else get(WEIGHTS[1])
         return folder, folder.name
     except Exception as error:  # a name that is none, the Hub's, or the net's
         raise UserError(f"{name}: no such folder, and no download: {one_line(error)}") from None
@@ -112,14 +110,17 @@ def read_json(path):
 def read_weights(folder):
     """{name: tensor}, in float32; names without what a wrapper or a head puts before them."""
     from safetensors.torch import load_file
-    tensors = {}
-    for path in next(filter(None, map(sorted, map(folder.glob, WEIGHTS))), ()):
+    forms = [[path for x in patterns for path in folder.glob(x)] for patterns in WEIGHTS]
+    files, tensors = forms[0] or forms[1], {}
+    if len(files) > 1 and {path.stem[-5:] for path in files} != {f"{len(files):05}"}:
+        raise UserError(f"{len(files)} files like {files[0].name}; expected one, or one whole set")
+    for path in files:
         try:
             loaded = (load_file(path) if path.suffix == ".safetensors" else
                       torch.load(path, map_location="cpu", weights_only=True))
             tensors |= {PREFIX.sub("", name.replace("Norm.gamma", "Norm.weight").replace(
                 "Norm.beta", "Norm.bias")): tensor.float() for name, tensor in loaded.items()
-                if tensor.is_floating_point() and not UNUSED.search(name)}
+                if tensor.is_floating_point()}
         except Exception:  # bytes that are no checkpoint raise anything
             raise UserError(f"{path.name}: truncated, or no file of weights") from None
     return tensors
@@ -135,10 +136,13 @@ def one_line(error):
 def tokenize(folder, model, source, path):
     """Write text in the model's own tokens to `path`, a .bin, and their words beside it. Returns
     what the run's settings tell about them."""
-    text = bytes(load_text(source).tokens[:TEXT_BYTES]).decode(errors="replace")
+    # 4 MiB are more than calibration and evaluation need
+    text = bytes(load_text(source).tokens[:4 * 2 ** 20]).decode(errors="replace")
+    lines = re.split(r"(?<=\S\n)(?=\S)", text)  # where none needs the next; at once it takes 2 GB
     try:
         tokenizer = read_tokenizer(folder, model.family)
-        tokens = np.array(tokenizer.encode(text, add_special_tokens=False).ids, dtype="<u2")
+        tokens = np.array([i for line in lines for i in tokenizer.encode(
+            line, add_special_tokens=False).ids], dtype="<u2")
         words = {i: word for word, i in tokenizer.get_vocab().items()}
         ids = [tokenizer.get_vocab()[word] for word in SPECIALS[model.family].split()]
         if max(words) >= model.config.vocab_size:
@@ -154,10 +158,10 @@ def tokenize(folder, model, source, path):
 
 
 def read_tokenizer(folder, family):
-    """tokenizer.json, or the vocabulary files of older checkpoints."""
+    """tokenizer.json, or the vocabulary files of older checkpoints, there or a folder above."""
     import tokenizers
-    file = lambda name: str(folder / name)
-    if os.path.exists(file("tokenizer.json")):
+    file = lambda name: str((folder if (folder / name).exists() else folder.parent) / name)
+    if (folder / "tokenizer.json").exists():
         tokenizer = tokenizers.Tokenizer.from_file(file("tokenizer.json"))
         tokenizer.no_truncation()  # some cut and pad every text to their model's length
         tokenizer.no_padding()
@@ -165,8 +169,9 @@ def read_tokenizer(folder, family):
     if family == "opt":
         return tokenizers.ByteLevelBPETokenizer(file("vocab.json"), file("merges.txt"))
     options = read_json(folder / "tokenizer_config.json")
+    cased = re.search("(?m)^[A-Z]", Path(file("vocab.txt")).read_text("utf-8"))
     return tokenizers.BertWordPieceTokenizer(
-        file("vocab.txt"), lowercase=options.get("do_lower_case", True),
+        file("vocab.txt"), lowercase=options.get("do_lower_case", not cased),
         strip_accents=options.get("strip_accents"),
         handle_chinese_chars=options.get("tokenize_chinese_chars", True))
 
@@ -199,7 +204,8 @@ TIMM = names(
     "blocks.*.", "attn.qkv attn.proj norm1 mlp.fc1 mlp.fc2 norm2", head="head", final_norm="norm",
     patch_embedding="patch_embed.proj", cls_embedding="cls_token", position_embedding="pos_embed")
 PREFIX = re.compile(r"^((module|_orig_mod|bert|vit|model|decoder)\.)*")  # of wrappers, with a head
-UNUSED = re.compile(r"(^|\.)(pooler|cls\.seq_relationship)\.")
+# what is outside of these, in transformers' models, is a head
+BASE = re.compile(r"embeddings|encoder|layers|embed_|project_|final_layer_norm|layernorm")
 
 
 # ---- a checkpoint -> minq's model ----
@@ -208,7 +214,8 @@ UNUSED = re.compile(r"(^|\.)(pooler|cls\.seq_relationship)\.")
 PLAIN = {"quantization_config": None, "position_embedding_type": "absolute", "is_decoder": False,
          "do_layer_norm_before": True, "do_normalize": True, "do_rescale": True,
          "rescale_factor": 1 / 255, "global_pool": "token", "act_layer": None, "norm_layer": None}
-DEFAULTS = {"layer_norm_eps": 1e-12, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+DEFAULTS = {"layer_norm_eps": 1e-12, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
+            "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # timm's: ImageNet's
 
 
 def convert(folder, seq_len=None):
@@ -216,26 +223,28 @@ def convert(folder, seq_len=None):
     Raises UserError if it is not a BERT, OPT or ViT that minq can be."""
     try:
         config = read_json(folder / "preprocessor_config.json") | read_json(folder / "config.json")
-        kind = config.get("model_type") or ("timm" if "architecture" in config else None)
+        old = "Bert" if config.get("type_vocab_size") == 2 else ""  # of 2018; a RoBERTa has one
+        named = re.sub("(For|Model).*", "", config.get("architectures", [old])[0]).lower()
+        kind = config.get("model_type") or ("timm" if "architecture" in config else named)
         if str(kind) not in KINDS:
             raise UserError(f"its model_type is {kind!r}; expected one of {', '.join(KINDS)}")
-        config = DEFAULTS | config | config.get("model_args", {})
-        for key, value in PLAIN.items():
-            if config.get(key, value) != value:
-                raise UserError(f"{key} is {config[key]!r}; expected {value!r}")
-        read, theirs = KINDS[kind]
+        config = DEFAULTS | config | config.get("pretrained_cfg", {}) | config.get("model_args", {})
+        if odd := [key for key, value in PLAIN.items() if config.get(key, value) != value]:
+            raise UserError(f"{odd[0]} is {config[odd[0]]!r}; expected {PLAIN[odd[0]]!r}")
+        read, theirs, build = KINDS[kind]
         tensors = read_weights(folder)
         if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
             raise UserError(f"{bad[0]} holds values that are not finite")
-        build = FAMILIES["vit" if kind == "timm" else kind]
-        model = build(build.config_class(**read(config, tensors, seq_len)))
-        state = {}
+        model, state = build(build.config_class(**read(config, tensors, seq_len))), {}
         for i, ours, part in product(range(model.config.layers), theirs, (".weight", ".bias")):
             path, dot, last = theirs[ours].replace("*", str(i)).rpartition(".")
             keys = [path + dot + name + part for name in last.split("|")]
             if all(key in tensors for key in keys):
                 state[ours.replace("*", str(i)) + part] = torch.cat(list(map(tensors.pop, keys)))
-        model.load_state_dict(state | tensors)  # which tells what is missing, and what is left
+        if heads := [name for name in tensors if kind != "timm" and not BASE.match(name)]:
+            print(f"{folder}: ignored, of heads that minq does not have: {', '.join(heads)}")
+        # which tells what is missing, and what is left
+        model.load_state_dict(state | {name: tensors[name] for name in tensors.keys() - heads})
         return model
     except (ImportError, LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(f"{folder}: {one_line(error)}") from None
@@ -268,7 +277,7 @@ def bert(config, tensors, seq_len):
     key = "embeddings.position_embeddings.weight"
     T = cut_positions(config, tensors, key, seq_len, default=128)
     tensors[key] = tensors[key] + tensors.pop("embeddings.token_type_embeddings.weight")[0]
-    has_head = "cls.predictions.bias" in tensors
+    has_head = any(name.startswith("cls.predictions.") for name in tensors)
     if has_head:
         tie(tensors, "embeddings.word_embeddings.weight", "cls.predictions.decoder.weight")
         tie(tensors, "cls.predictions.bias", "cls.predictions.decoder.bias")
@@ -293,16 +302,14 @@ def vit(config, tensors, seq_len):
 
 def timm(config, tensors, seq_len):
     """A vit_*_patchN_S of timm, classified by its [CLS] token; its tensors tell most sizes."""
-    given = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # timm's: ImageNet's
-    given |= config.get("pretrained_cfg", config)  # older files are flat
-    patch = fold_pixels(tensors, TIMM, given["mean"], given["std"])
+    patch = fold_pixels(tensors, TIMM, config["mean"], config["std"])
     width = len(tensors["norm.bias"])
     pixels = patch * int(len(tensors["pos_embed.weight"]) ** 0.5)
     if (not re.fullmatch(r"(vit|deit)_\w+_patch\d+_\d+", config["architecture"])  # ..._rope_224
             or config.get("img_size", pixels) not in (pixels, [pixels, pixels])):
         raise UserError(f"it is {config['architecture']}; expected a plain, square vit_*_patchN_S")
-    if width % 64 == 0 and width <= 1024:  # up to ViT-L, heads are 64 wide unless it says else
-        config = {"num_heads": width // 64} | config
+    # up to ViT-L, heads are 64 wide unless it says else
+    config = ({"num_heads": width // 64} if width % 64 == 0 and width <= 1024 else {}) | config
     return {"layers": len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
             "width": width, "heads": config["num_heads"], "image_size": pixels, "patch_size": patch,
             "ffn": len(tensors["blocks.0.mlp.fc1.bias"]), "classes": len(tensors["head.bias"])}
@@ -321,7 +328,8 @@ def fold_pixels(tensors, names, mean, std):
     return weight.shape[-1]
 
 
-KINDS = {"bert": (bert, BERT), "opt": (opt, OPT), "vit": (vit, VIT), "timm": (timm, TIMM)}
+KINDS = dict(
+    bert=(bert, BERT, Bert), opt=(opt, OPT, Opt), vit=(vit, VIT, ViT), timm=(timm, TIMM, ViT))
 
 
 if __name__ == "__main__":

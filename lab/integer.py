@@ -89,21 +89,18 @@ class IntegerLinear(nn.Module):
         rows = len(linear.weight) // len(scale)
         row_scale = scale.repeat_interleave(rows, dim=0)  # (N, 1)
         integers = (linear.weight / row_scale).round()
-        self.n_bits = tap.n_bits
+        self.grid = tap  # of the input
         self.register_buffer("integers", integers.to(torch.int8))  # (N, K)
-        self.register_buffer("in_scale", tap.scale)
-        self.register_buffer("zero_point", tap.zero_point)
         self.register_buffer("scale", tap.scale * row_scale[:, 0])  # s_x s_w, (N,)
         shift = (tap.zero_point.int() - SHIFT) * self.integers.sum(dim=1, dtype=torch.int32)
         self.register_buffer("shift", shift)  # z sum_k q_w, (N,)
         self.register_buffer("bias", shift * 0.0 if linear.bias is None else linear.bias)
 
     def forward(self, x):
-        q = quantize(x, self.in_scale, self.zero_point, self.n_bits).sub_(SHIFT).flatten(0, -2)
-        sums = int_mm(q.to(torch.int8), self.integers.t()).sub_(self.shift)  # exact until here
-        y = sums.float().mul_(self.scale).add_(self.bias)
-        y.add_(0.0 * q.amax(dim=1, keepdim=True))  # no int8 is NaN: as in floats, its row gets it
-        return y.view(*x.shape[:-1], -1)
+        q = quantize(x, self.grid.scale, self.grid.zero_point, self.grid.n_bits).sub_(SHIFT)
+        sums = int_mm(q.to(torch.int8).flatten(0, -2), self.integers.t()).sub_(self.shift)  # exact
+        y = sums.float().mul_(self.scale).add_(self.bias).view(*x.shape[:-1], -1)
+        return y.add_(0.0 * q.amax(dim=-1, keepdim=True))  # int8 has no NaN: its row gets it again
 
 
 def pairs(model):

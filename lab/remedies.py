@@ -80,8 +80,7 @@ class Groups(ActivationQuantizer):
             return
         if not hasattr(self, "groups"):
             spread = x.amax(dim=(0, 1)) - x.amin(dim=(0, 1))  # (d,)
-            order = torch.arange(len(spread), device=x.device)
-            order = spread.argsort() if self.permute else order
+            order = (spread * self.permute).argsort(stable=True)
             self.groups = order.tensor_split(min(self.K, len(order)))
             self.ranges = [A_ESTIMATORS[self.estimator]() for _ in self.groups]
         scale, zero_point = torch.empty(2, x.shape[-1], device=x.device)
@@ -93,26 +92,20 @@ class Groups(ActivationQuantizer):
 
 @lru_cache
 def hadamard(d):
-    """An orthogonal (d, d) matrix. Its entries are all +-1 / sqrt(d) where d is 2^k, or 2^k times
-    one more than a prime of the form 4 n - 1, as 384 and 768 are (Hadamard matrices: Sylvester's,
-    Paley's). In any other d the odd rest is Hartley's transform, where QuaRot has tables."""
+    """An orthogonal (d, d) matrix. Its entries are all +-1 / sqrt(d) where d is 2^k (Sylvester's
+    Hadamard matrix), or 2^k times 12 or 20 (those of Paley in its place: 384, 768, 1280). In any
+    other d the odd rest is Hartley's transform, where QuaRot has tables."""
     H, rest = torch.ones(1, 1), d
-    while rest % 2 == 0 and not has_paleys(rest):
+    while rest % 2 == 0 and rest not in (12, 20):
         H, rest = torch.cat((torch.cat((H, H), 1), torch.cat((H, -H), 1))), rest // 2
     q = rest - (rest % 2 == 0)
     k, block = torch.arange(q), torch.ones(rest, rest)
-    if q < rest:
+    if q < rest:  # a prime of the form 4 n - 1
         squares = torch.full((q,), -1.0).index_fill(0, k * k % q, 1.0)  # is it one, modulo q?
         block[1:, 0], block[1:, 1:] = -1.0, squares[(k[:, None] - k) % q]
     else:
         block = sum(f(2 * math.pi / q * k[:, None] * k) for f in (torch.cos, torch.sin))
     return torch.kron(H, block) / math.sqrt(d)
-
-
-def has_paleys(d):
-    """Is d - 1 a prime of the form 4 n - 1? (Powers of 2 are left to Sylvester.)"""
-    divisors = range(3, math.isqrt(d) + 1)
-    return d % 4 == 0 and d & (d - 1) > 0 and all((d - 1) % n for n in divisors)
 
 
 class Rotated(ActivationQuantizer):

@@ -52,12 +52,10 @@ def load_images(source, image_size=None):
             raise UserError(f"--data {source}: images are {images.dtype} {images.shape}; expected "
                             "uint8 (N, H, H, 3), to validate with as to train on")
         counted = labels.dtype.kind in "iu" and labels.shape == images.shape[:1] and len(part)
-        if not counted or labels.min() < 0 or labels.max() >= 2 ** 16:
+        if not counted or labels.min() < 0 or train.labels.min() or labels.max() >= 2 ** 16:
             raise UserError(f"--data {source}: labels are {labels.dtype} {labels.shape}; expected "
-                            "whole numbers from 0 to 65535, one per image")
+                            "whole numbers, 0 among them, up to 65535, one per image")
         part.labels = np.array(labels, dtype=np.int64)
-    if train.labels.min():  # numbered from 1, mostly: there would be a class that nobody has
-        raise UserError(f"--data {source}: labels begin at {train.labels.min()}; expected at 0")
     return Images(train, validation, image_size)
 
 

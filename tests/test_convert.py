@@ -15,7 +15,7 @@ from lab.convert import WEIGHTS, convert
 from minq.flags import UserError
 from minq.quant import quantize_model
 from minq.runs import open_run
-from running import run, saved
+from running import run, same, saved
 
 transformers = pytest.importorskip("transformers")
 tokenizers = pytest.importorskip("tokenizers")
@@ -106,6 +106,14 @@ def config(**changed):
                                 json.loads((folder / "config.json").read_text()) | changed)
 
 
+def without(*keys):
+    """A function that leaves lines out of a folder's config.json."""
+    def shorten(folder):
+        given = json.loads((folder / "config.json").read_text())
+        write(folder, "config.json", {key: x for key, x in given.items() if key not in keys})
+    return shorten
+
+
 def weights(change, name="model.safetensors"):
     """A function that saves a folder's weights anew, as `change` makes them of {name: tensor}."""
     def rewrite(folder):
@@ -174,20 +182,34 @@ def in_shards(folder):
                                           "cls.predictions.decoder.weight": 1 * state[TABLE]}), {}),
     (bert, weights(dict, "pytorch_model.bin"), {}), (opt, weights(dict, "pytorch_model.bin"), {}),
     (bert, in_shards, {"max_shard_size": "50KB"}), (opt, in_shards, {"max_shard_size": "50KB"}),
-    (bert, weights(lambda state: {key: x.bfloat16() for key, x in state.items()}), {}),
+    *((bert, weights(lambda state, dtype=dtype: {key: x.to(dtype) for key, x in state.items()}), {})
+      for dtype in (torch.bfloat16, torch.float8_e4m3fn)),
     (bert, renamed(lambda key: "module._orig_mod." + key), {}),  # saved while wrapped
+    (bert, renamed(lambda key: key.replace(BIAS, "cls.predictions.decoder.bias")), {}),
+    *((make, without("model_type"), {}) for make in (bert, opt)),
+    (bert, without("model_type", "architectures"), {}),  # as in 2018
     (bert, renamed(lambda key: re.sub(r"^bert\.", "", key)), {}),
     (bert, renamed(lambda key: key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
         "LayerNorm.bias", "LayerNorm.beta")), {}),  # as TensorFlow has them
     (bert, put("bert.embeddings.position_ids", torch.arange(20)[None]), {}),
     (opt, renamed(lambda key: key.replace("model.decoder.embed_tokens", "lm_head")), {})])
 def test_other_files_of_the_same_model(tmp_path, make, change, options):
-    theirs = make().bfloat16().float()
+    theirs = make()
+    for p in theirs.parameters():
+        p.data = p.to(torch.float8_e4m3fn).float()
     folder = publish(theirs, tmp_path / "hub", **options)
     change(folder)
     ours = convert(folder)
     assert_same_text(ours, theirs)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("kind, name", [
+    ("masked", "cls.species.weight"), ("encoder", "classifier.weight"), ("opt", "score.weight")])
+def test_heads_that_minq_does_not_have_are_named(hub, published, capsys, kind, name):
+    put(name, torch.zeros(2, 48))(folder := hub(kind))
+    assert same(convert(folder).state_dict(), convert(published[kind]).state_dict())
+    assert name in capsys.readouterr().out.splitlines()[0]
 
 
 @torch.no_grad()
@@ -311,6 +333,27 @@ def test_options_of_vocab_txt(hub, tmp_path, options):
     assert theirs.tokenize("FOX f\u00f3x fox " * 300) == [words[i] for i in tokens]
 
 
+def test_a_vocabulary_with_capitals_a_folder_above(hub, tmp_path):
+    """As AntiBERTy has it, whose words are amino acids: nothing says that they are not lowered."""
+    folder = hub("masked")
+    (folder / "tokenizer.json").unlink()
+    write(folder.parent, "vocab.txt", "\n".join((*SPECIALS, *"ACDEF")))
+    write(tmp_path, "text", "F A C E\n" * 300)
+    _, tokens, words = text_of(folder, tmp_path / "run", tmp_path / "text")
+    assert [words[i] for i in tokens] == [*"FACE"] * 300
+
+
+@pytest.mark.parametrize("kind, make", [("masked", wordpiece), ("opt", bpe)])
+def test_line_by_line_tokens_are_those_of_the_whole_text(hub, tmp_path, kind, make):
+    rng = np.random.default_rng(0)
+    pieces = [*"\n\n\n \t.", "the", "'s", "\r\n", "\u00e9", "fox", "\u3000"]
+    text = "".join(rng.choice(pieces, 9000))
+    write(tmp_path, "text", text)
+    text = (tmp_path / "text").read_bytes().decode()
+    _, tokens, _ = text_of(hub(kind), tmp_path / "run", tmp_path / "text")
+    assert tokens == make().encode(text, add_special_tokens=False).ids
+
+
 def test_byte_level_bpe_loses_nothing(hub, tmp_path):
     folder, text = hub("opt"), "".join(f"{i}: {SENTENCE}\u00e9\n" for i in range(500))
     (folder / "tokenizer.json").unlink()
@@ -333,6 +376,11 @@ def refused(folder, out, *words):
     return err.removeprefix("error: ")
 
 
+def copied(*names):
+    """A function that lets a folder have its weights in other files, too."""
+    return lambda folder: [shutil.copy(folder / "model.safetensors", folder / x) for x in names]
+
+
 QUERY = "bert.encoder.layer.1.attention.self.query.weight"
 REFUSED = {"masked": [
     (config(hidden_size=None), "not 'NoneType'"), (config(hidden_size=24), "size mismatch"),
@@ -342,11 +390,15 @@ REFUSED = {"masked": [
     (config(max_position_embeddings=21), "20 positions, config.json 21"),
     (config(position_embedding_type="relative_key"), "position_embedding_type"),
     (config(model_type="gpt2"), "model_type is 'gpt2'; expected one of bert, opt, vit, timm"),
+    (config(model_type=None, architectures=["RobertaModel"]), "model_type is 'roberta'"),
+    (config(model_type=None, architectures=[""], type_vocab_size=1), "model_type is ''"),
     (lambda folder: write(folder, "config.json", "{"), "config.json: Expecting"),
     (put(QUERY, torch.zeros(48, 48, dtype=torch.int8)), "layers.1.attention.qkv.weight"),
     (put(TABLE, torch.full((99, 48), torch.nan)), "word_embeddings.weight holds values"),
     (put("cls.predictions.decoder.weight", torch.zeros(99, 48)), "values of its own"),
-    (put("classifier.weight", torch.zeros(2, 48)), 'Unexpected key(s) in state_dict: "classifier'),
+    (put("bert.encoder.layer.0.adapter.weight", torch.zeros(2, 48)), "encoder.layer.0.adapter"),
+    (copied("model-00001-of-00001.safetensors"), "2 files like model.safetensors; expected"),
+    (copied("model-00001-of-00003.safetensors", "model-00002-of-00003.safetensors"), "3 files"),
     (put(QUERY, torch.zeros(47, 48)), "size mismatch"), (drop(QUERY), "layers.1.attention.qkv"),
     (lambda folder: os.truncate(folder / "model.safetensors", 9000), "model.safetensors: trunc"),
     (weights(lambda state: {"a": [state]}, "pytorch_model.bin"), "pytorch_model.bin: truncated"),
@@ -446,5 +498,5 @@ def test_a_model_of_the_hub(published, tmp_path, corpus, monkeypatch):
 def test_one_form_of_the_weights_is_downloaded():
     files = ["model.safetensors", "model-00001-of-00002.safetensors", "model.fp16.safetensors",
              "onnx/model.onnx", "onnx/model.safetensors", "pytorch_model.bin", "tf_model.h5"]
-    chosen = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=WEIGHTS[:2])
+    chosen = huggingface_hub.utils.filter_repo_objects(files, allow_patterns=WEIGHTS[0])
     assert list(chosen) == files[:2]
