@@ -121,13 +121,13 @@ def outlier_columns(model, outliers):
     largest with its share (outliers.growth), and the same of each tap."""
     mean = outliers.mean
 
-    def columns(tap, *kurtosis_taps):
+    def columns(tap, kurtosis_taps):
         height, share = max(zip(mean[tap]["max_over_sigma"], mean[tap]["share"]))
         return {"max_inf_norm": max(mean[tap]["inf_norm"]), "max_over_sigma": height,
-                "avg_kurtosis": outliers.avg_kurtosis(*kurtosis_taps), "share": share}
+                "avg_kurtosis": outliers.avg_kurtosis(kurtosis_taps), "share": share}
 
-    whole = columns(model.norm_tap, *model.kurtosis_taps)
-    return whole | {tap: columns(tap, tap) for tap in mean}
+    whole = columns(model.norm_tap, model.kurtosis_taps)
+    return whole | {tap: columns(tap, {tap: "kurtosis"}) for tap in mean}
 
 
 def four(row):

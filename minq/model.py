@@ -147,7 +147,8 @@ class Bert(nn.Module):
     family, config_class = "bert", BertConfig
     hidden_tap = "layer_output"  # whose last place is the last hidden states
     norm_tap = "ffn_output"  # Table 2's max inf. norm; post-LN writes its outliers there
-    kurtosis_taps = ("ffn_output", "layer_output")  # its avg. kurtosis, as in the authors' code
+    # its avg. kurtosis, as in the authors' code
+    kurtosis_taps = dict.fromkeys(("ffn_output", "layer_output"), "kurtosis")
     float_modules = ("head",)  # stays in floating point when the rest is quantized (sec. 5)
     final_linear = "head.decoder"  # and in fake-quantized training (the blog)
 
@@ -207,8 +208,9 @@ class Opt(nn.Module):
     family, config_class, metric = "opt", OptConfig, "perplexity"
     hidden_tap = "final_norm"
     norm_tap = "layer_output"
-    kurtosis_taps = ("layer_output", "ffn_output", "attention_output",
-                     "norm1", "norm2", "final_norm")
+    # Hugging Face's OPT flattens to (B T, d) before norm2 and FFN, and the authors' hooks see that
+    kurtosis_taps = {"norm2": "token_kurtosis", "ffn_output": "token_kurtosis"} | dict.fromkeys(
+        ("layer_output", "attention_output", "norm1", "final_norm"), "kurtosis")
     float_modules = ("decoder",)  # stays in floating point when the rest is quantized (sec. 5)
     final_linear = "decoder"  # and in fake-quantized training
 
@@ -241,7 +243,7 @@ class ViT(nn.Module):
     family, config_class, metric = "vit", ViTConfig, "accuracy"
     hidden_tap = "final_norm"
     norm_tap = "layer_output"
-    kurtosis_taps = ("ffn_output", "layer_output")  # nobody published code: as BERT
+    kurtosis_taps = Bert.kurtosis_taps  # nobody published code
     float_modules = ()
     final_linear = "head"  # stays in floating point in fake-quantized training
 

@@ -3,10 +3,10 @@
     with watch(model, ("ffn_output", *model.kurtosis_taps)) as outliers:
         for inputs, _ in validation_batches:
             model(*inputs)
-    outliers.max_inf_norm("ffn_output"), outliers.avg_kurtosis(*model.kurtosis_taps)
+    outliers.max_inf_norm("ffn_output"), outliers.avg_kurtosis(model.kurtosis_taps)
 
 Here x is one activation of a batch, (B, T, d); a "tensor" in the paper's sense is one sample's
-(T, d).
+(T, d). (In two places of an OPT it is one token's (d,): see `kurtosis_taps` in model.py.)
 """
 from contextlib import ExitStack, contextmanager
 
@@ -40,8 +40,9 @@ def is_outlier(x):
 
 
 def norms_and_kurtosis(x):
-    """For `watch`: the paper's two metrics."""
-    return {"inf_norm": inf_norm(x), "kurtosis": kurtosis(x)}
+    """For `watch`: the paper's two metrics, and the mean kurtosis of a sample's tokens, (d,)."""
+    of_tokens = kurtosis(x.flatten(0, -2)).view(len(x), -1).mean(dim=1)
+    return {"inf_norm": inf_norm(x), "kurtosis": kurtosis(x), "token_kurtosis": of_tokens}
 
 
 def growth(x):
@@ -143,7 +144,10 @@ class Averages:
         """Mean over samples, then the largest layer's (Table 2's "Max inf. norm")."""
         return max(self.mean[tap]["inf_norm"])
 
-    def avg_kurtosis(self, *taps):
-        """Mean over samples, then over all places of the taps (Table 2's "Avg. kurtosis")."""
-        kurtoses = [value for tap in taps for value in self.mean[tap]["kurtosis"]]
+    def avg_kurtosis(self, taps):
+        """Mean over samples, then over all places of the taps (Table 2's "Avg. kurtosis").
+
+        taps: tap -> "kurtosis", of samples, or "token_kurtosis".
+        """
+        kurtoses = [value for tap, kind in taps.items() for value in self.mean[tap][kind]]
         return sum(kurtoses) / len(kurtoses)

@@ -139,7 +139,7 @@ class Run:
                   "lr": self.optimizer.param_groups[0]["lr"], "val_loss": scores["loss"],
                   metric: scores[metric], f"float_{metric}": floating[metric],
                   "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
-                  "avg_kurtosis": outliers.avg_kurtosis(*model.kurtosis_taps), **outliers.mean}
+                  "avg_kurtosis": outliers.avg_kurtosis(model.kurtosis_taps), **outliers.mean}
         if self.rank == 0:
             append_line(self.folder / "metrics.jsonl", json.dumps(record))
         self.train_loss.zero_()

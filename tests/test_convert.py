@@ -13,6 +13,7 @@ import torch
 
 from lab.convert import WEIGHTS, convert
 from minq.flags import UserError
+from minq.outliers import kurtosis, watch
 from minq.quant import quantize_model
 from minq.runs import open_run
 from running import run, same, saved
@@ -171,6 +172,24 @@ def test_text_models_equal_transformers(tmp_path, make, output):
     ours = convert(tmp_path / "hub", seq_len=7)  # the first positions are kept
     assert ours.config.seq_len == 7
     assert_same_text(ours, theirs, output)
+
+
+@torch.no_grad()
+def test_kurtosis_of_an_opt_is_what_hooks_on_transformers_see(tmp_path):
+    """As the authors measure it: per entry of what the hook sees, which is flat around the FFN."""
+    theirs, seen = opt(), []
+    ours, tokens = convert(publish(theirs, tmp_path / "hub")), torch.randint(300, (5, 20))
+    parts = r"layers\.\d+(\.fc2|\.final_layer_norm|\.self_attn_layer_norm|\.self_attn\.out_proj)?"
+    for name, module in theirs.named_modules():
+        if re.fullmatch(rf"model\.decoder\.({parts}|final_layer_norm)", name):
+            module.register_forward_hook(lambda module, args, x: seen.append(
+                kurtosis(x if torch.is_tensor(x) else x[0]).mean()))
+    theirs(tokens)
+    with watch(ours.eval(), ours.kurtosis_taps) as outliers:
+        ours(tokens)
+    expected = sum(seen).item() / len(seen)
+    assert outliers.avg_kurtosis(ours.kurtosis_taps) == pytest.approx(expected, rel=1e-4)
+    assert len(seen) == 2 * 5 + 1
 
 
 def in_shards(folder):

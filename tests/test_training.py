@@ -129,7 +129,7 @@ def test_outlier_columns_are_those_of_the_paper():
     for column in ("max_over_sigma", "share"):
         assert found[column] == found["layer_output"][column] == mean[column][largest]
     assert found["max_inf_norm"] == max(mean["inf_norm"])
-    assert found["avg_kurtosis"] == outliers.avg_kurtosis(*model.kurtosis_taps)
+    assert found["avg_kurtosis"] == outliers.avg_kurtosis(model.kurtosis_taps)
 
 
 # ---- through the scripts ----
