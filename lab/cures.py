@@ -18,7 +18,8 @@ A row of softmax inputs is s_j over the keys j that its query may see; H heads, 
     kv-bias           one more key k' and its value v'                 2 d         2402.17762
     qk-norm           q / rms(q) * g, k / rms(k) * g'                  2 d_head    2302.05442
 
-    --norm rmsnorm    x / rms(x) in place of every LayerNorm           2 d less    2506.19697
+    --norm rmsnorm    x / rms(x) in place of every LayerNorm           2 d less    2506.19697 learns
+                                                                                   one scale, too
 
 (--optimizer muon, accused beside them, is in muon.py.) All work in BERT, OPT and ViT, row-clipped
 in OPT only. Probabilities, keys and values pass their taps as ever, so they are quantized; gates
