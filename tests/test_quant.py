@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from minq.attention import Tap
 from minq.flags import UserError
 from minq.model import FAMILIES
-from minq.quant import (A_ESTIMATORS, W_ESTIMATORS, ActivationQuantizer, affine_parameters, calibrating,
-                        fake_quantize, grid, mse_threshold, percentile_of, quantize,
+from minq.quant import (A_ESTIMATORS, W_ESTIMATORS, ActivationQuantizer, affine_parameters,
+                        calibrating, fake_quantize, grid, mse_threshold, percentile_of, quantize,
                         quantize_model, quantize_weight)
 from running import same
 from small import inputs, small
