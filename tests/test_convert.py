@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -221,6 +222,12 @@ def test_other_files_of_the_same_model(tmp_path, make, change, options):
     ours = convert(folder)
     assert_same_text(ours, theirs)
     assert {p.dtype for p in ours.parameters()} == {torch.float32}
+
+
+@pytest.mark.skipif("MINQ_BERT" not in os.environ, reason="names no folder of a published BERT")
+def test_a_published_bert_equals_transformers():
+    folder = Path(os.environ["MINQ_BERT"])
+    assert_same_text(convert(folder), transformers.BertForMaskedLM.from_pretrained(folder).eval())
 
 
 @pytest.mark.parametrize("kind, name", [
