@@ -141,18 +141,17 @@ def tokenize(folder, model, source, path):
     lines = re.split(r"(?<=\S\n)(?=\S)", text)  # where none needs the next; at once it takes 2 GB
     try:
         tokenizer = read_tokenizer(folder, model.family)
-        tokens = np.array([i for line in lines for i in tokenizer.encode(
-            line, add_special_tokens=False).ids], dtype="<u2")
+        tokens = [i for x in lines for i in tokenizer.encode(x, add_special_tokens=False).ids]
         words = {i: word for word, i in tokenizer.get_vocab().items()}
         ids = [tokenizer.get_vocab()[word] for word in SPECIALS[model.family].split()]
-        if max(words) >= model.config.vocab_size:
-            raise UserError(f"it has ids up to {max(words)}, more than the model has tokens")
+        if max(words) >= min(model.config.vocab_size, 2 ** 16):
+            raise UserError(f"it has ids up to {max(words)}, more than the model or a .bin holds")
     except Exception as error:  # the tokenizers library raises plain Exceptions
         raise UserError(f"{folder}: its tokenizer cannot be used: {one_line(error)}") from None
-    tokens.tofile(path)
-    words = [words.get(i, str(i)) for i in range(max(words) + 1)]  # a few vocabularies skip ids
-    shown = json.dumps(words, ensure_ascii=False).replace("Ġ", "␣").replace("Ċ", "↵")  # of bytes
-    path.with_suffix(".json").write_text(shown, "utf-8")
+    np.array(tokens, dtype="<u2").tofile(path)
+    # a few vocabularies skip ids; those of bytes have letters for the space and the line's end
+    shown = json.dumps([words.get(i, str(i)) for i in range(max(words) + 1)], ensure_ascii=False)
+    path.with_suffix(".json").write_text(shown.replace("Ġ", "␣").replace("Ċ", "↵"), "utf-8")
     return {"data": path.name, "vocab_size": model.config.vocab_size, "special_ids": ids,
             "seq_len": model.config.seq_len, "mask_prob": 0.15 * (model.metric == "perplexity")}
 
@@ -168,7 +167,9 @@ def read_tokenizer(folder, family):
         return tokenizer
     if family == "opt":
         return tokenizers.ByteLevelBPETokenizer(file("vocab.json"), file("merges.txt"))
-    options = read_json(folder / "tokenizer_config.json")
+    options = {"tokenizer_class": "BertTokenizer"} | read_json(folder / "tokenizer_config.json")
+    if not re.fullmatch("BertTokenizer(Fast)?", options["tokenizer_class"]):
+        raise UserError(f"vocab.txt is for {options['tokenizer_class']}; expected BertTokenizer")
     cased = re.search("(?m)^[A-Z]", Path(file("vocab.txt")).read_text("utf-8"))
     return tokenizers.BertWordPieceTokenizer(
         file("vocab.txt"), lowercase=options.get("do_lower_case", not cased),

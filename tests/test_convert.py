@@ -429,6 +429,8 @@ REFUSED = {"masked": [
     (lambda folder: os.truncate(folder / "model.safetensors", 9000), "model.safetensors: trunc"),
     (weights(lambda state: {"a": [state]}, "pytorch_model.bin"), "pytorch_model.bin: truncated"),
     (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer cannot be used"),
+    (lambda folder: (folder / "tokenizer.json").unlink() or write(
+        folder, "tokenizer_config.json", {"tokenizer_class": "BertJapaneseTokenizer"}), "Japanese"),
     (save(wordpiece(SPECIALS[:4])), "no '[MASK]'"), (save(bpe()), "no '[PAD]'"),
     (save(wordpiece((*SPECIALS, *map(str, range(90))))), "ids up to 104")],
     "opt": [
