@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import lab.backcopy  # noqa: F401, a name for --text
 from minq import flags
 from minq.data import load_text
 from minq.flags import TEXTS, UserError
