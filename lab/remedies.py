@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.damage import last_states, scores
+from lab.remove import limits, removed
 from lab.tables import markdown, mean_and_std, remedy_columns, write_json
 from minq import flags
 from minq.fake_quant import token_range
@@ -118,16 +119,11 @@ class Rotated(ActivationQuantizer):
     they arrive. Post-LN must multiply everywhere: its gamma goes into the next residual sum, too,
     and cannot be folded away."""
 
-    def observe(self, x):
-        if x.dim() == 3:
-            x = x.float() @ hadamard(x.shape[-1]).to(x.device)
-        super().observe(x)
-
-    def on_grid(self, x):
+    def forward(self, x):
         if x.dim() != 3:
-            return super().on_grid(x)
+            return super().forward(x)
         H = hadamard(x.shape[-1]).to(x.device)
-        return (super().on_grid(x.float() @ H) @ H.T).to(x.dtype)
+        return (super().forward(x.float() @ H) @ H.T).to(x.dtype)
 
 
 class SinkInFloat(ActivationQuantizer):
@@ -138,16 +134,22 @@ class SinkInFloat(ActivationQuantizer):
     sees the sentence: a chip must compute it in fp16 each time, beside the others. (A ViT's patch
     embedding has no [CLS] yet: there it is the first patch.)"""
 
-    def observe(self, x):
-        super().observe(x[..., 1:, :] if x.dim() > 2 else x)
-
-    def on_grid(self, x):
+    def forward(self, x):
         if x.dim() == 2:
-            return super().on_grid(x)
-        return torch.cat((x[..., :1, :], super().on_grid(x[..., 1:, :])), dim=-2)
+            return super().forward(x)
+        return torch.cat((x[..., :1, :], super().forward(x[..., 1:, :])), dim=-2)
 
 
-# ---- other weights ----
+# ---- other models: model, calibration inputs -> a copy to be quantized ----
+
+def clamped(model, inputs, sigma, tap="ffn_output"):
+    """A copy of `model` in which each layer's `tap` is clamped at mean -+ sigma deviations, static
+    limits from calibration (lab/remove.py). It changes what the model computes, and costs what it
+    then loses; nothing stays in floating point, and a chip need not know: rounding to a grid that
+    ends at the limits clamps. (A percentile does so at every tap, and leaves it to the number of
+    outliers how many of them it clips.)"""
+    return removed(model, tap, limits(model, inputs, tap, sigma))
+
 
 @torch.no_grad()
 def smooth(model, inputs, alpha=0.5):
@@ -203,25 +205,23 @@ def shift(norm, linear, largest, alpha):
 
 # ---- by name: model, bits, calibration inputs -> a quantized copy to be calibrated, or None ----
 
-def plain(**settings):
-    """quantize_model with these settings. A scale per row of a weight costs a chip one more factor
-    per output; ranges by MSE or percentile (sec. C.4) cost it nothing. Neither keeps anything in
-    floating point."""
-    return lambda model, bits, inputs: quantize_model(model, bits, bits, **settings)
-
-
-def smoothed(model, bits, inputs):
-    model = smooth(model, inputs)
-    return None if model is None else quantize_model(model, bits, bits)
+def plain(prepare=lambda model, inputs: model, **settings):
+    """quantize_model with these settings, after `prepare`. A scale per row of a weight costs a chip
+    one more factor per output; ranges by MSE or percentile (sec. C.4) cost it nothing. Neither
+    keeps anything in floating point."""
+    quantized = lambda model, bits: model and quantize_model(model, bits, bits, **settings)
+    return lambda model, bits, inputs: quantized(prepare(model, inputs), bits)  # None stays None
 
 
 REMEDIES = {
     "none": plain(),
     "weights per channel": plain(w_granularity="channel"),
     "MSE weights, p99.999 activations": plain(w_estimator="mse", a_estimator="p99.999"),
+    "clamp at 4 sigma": plain(partial(clamped, sigma=4)),
+    "clamp at 6 sigma": plain(partial(clamped, sigma=6)),
     "dynamic per token": plain(quantizer=PerToken),
     "outlier columns in floating point": plain(quantizer=OutlierColumns),
-    "SmoothQuant": smoothed,
+    "SmoothQuant": plain(smooth),
     "6 groups of dimensions": plain(quantizer=partial(Groups, K=6)),
     "6 groups, permuted by range": plain(quantizer=partial(Groups, K=6, permute=True)),
     "Hadamard rotation": plain(quantizer=Rotated),
@@ -245,17 +245,16 @@ def compare(run, widths=(8, 6, 4), seeds=3, batches=16, eval_batches=None):
     for name, remedy in tqdm(REMEDIES.items(), unit="remedy", leave=False):
         rows.append({"remedy": name, "quantized": {}, "floats": ""})
         for bits in widths:
-            found = []
-            for seed in range(seeds):
-                model = remedy(run.model, bits, run.calibration_inputs(seed, batches))
-                if model is None:
-                    break
+            models = [remedy(run.model, bits, run.calibration_inputs(seed, batches))
+                      for seed in range(seeds)]
+            if None in models:
+                break
+            for seed, model in enumerate(models):
                 run.calibrate(model, seed, batches)
-                found.append(scores(run, model, states, eval_batches))
-                rows[-1]["floats"] = rows[-1]["floats"] or floats(model)
-            if found:
-                of = lambda score: mean_and_std([each[score] for each in found])
-                rows[-1]["quantized"][f"{bits}x{bits}"] = of("metric") | {"sqnr": of("sqnr")}
+            found = [scores(run, model, states, eval_batches) for model in models]
+            of = lambda score: mean_and_std([each[score] for each in found])
+            rows[-1]["quantized"][f"{bits}x{bits}"] = of("metric") | {"sqnr": of("sqnr")}
+            rows[-1]["floats"] = rows[-1]["floats"] or floats(models[0])
     return rows
 
 
@@ -264,9 +263,8 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     flags.add_run_flags(parser)
     parser.add_argument("--bits", type=flags.bits, nargs="+", default=[8, 6, 4], help="widths")
-    args = parser.parse_args(argv)
-    device, rows = pick_device(args.device), []
-    for run in [open_run(name, device, args.data) for name in args.runs]:
+    args, rows = parser.parse_args(argv), []
+    for run in [open_run(name, pick_device(args.device), args.data) for name in args.runs]:
         rows.append({"run": run.name, "metric": run.model.metric, "remedies": compare(
             run, args.bits, args.seeds, args.batches, args.eval_batches)})
         table = [remedy_columns(rows[-1], remedy) for remedy in rows[-1]["remedies"]]
