@@ -18,8 +18,8 @@ layer's, over calibration inputs, without the start token. In their place stands
     control   themselves; as many others of these tokens, drawn once at random, are set to zero
 
 A row has the metric; sqnr, of the last hidden states against the untouched model's; how many heads
-park (lab.survey); attention to the sink and update, means over these heads and the one with most
-attention on one token; and the metric in eight and six bits after removal.
+park (as lab.analyze has it, on 16 batches); attention to the sink and update, means over these
+heads and the one with most attention on one token; and the metric in 8 and 6 bits after removal.
 """
 import copy
 import json
@@ -121,18 +121,18 @@ def removal(run, args):
     """A row for the model as it is, and one per replacement, the lowest SQNR first: {run, tap,
     layers, tokens, replacement, metric, sqnr, parked, attention, update, quantized: {"8x8":
     {metric, sqnr}, "6x6": ...}}. An encoder's metric is its SQNR."""
-    model, tap, rows = copy.deepcopy(run.model), args.tap or run.model.norm_tap, []
+    model, tap, n = copy.deepcopy(run.model), args.tap or run.model.norm_tap, args.eval_batches
     if text := getattr(run.data, "text", None):
         groups = token_groups(token_names(text), text.is_bytes)
         is_delimiter = torch.tensor([int(x in DELIMITERS) for x in groups], device=run.device)
         model.token_embedding = Marked(model.token_embedding, is_delimiter)
     known = limits(model, run.calibration_inputs(0, args.batches), tap, args.sigma)
-    states = list(last_states(run, model, args.eval_batches))
-    score = lambda model: scores(run, model, states, args.eval_batches)
+    states, rows = list(last_states(run, model, n)), []
+    score = lambda model: scores(run, model, states, n)
     cases = [("none", "none"), *((kind, how) for kind in args.tokens for how in REPLACEMENTS)]
     for tokens, how in tqdm(cases, unit="case", leave=False):
         edited = model if how == "none" else removed(model, tap, known, args.layers, tokens, how)
-        heads = survey(edited, run.validation(args.eval_batches), run.device, "ffn_output")["heads"]
+        heads = survey(edited, run.validation(n or 16), run.device, model.norm_tap)["heads"]
         those = heads["parks"] | (heads["attention"] == heads["attention"].max())
         means = {key: float(heads[key][those].mean()) for key in ("attention", "update")}
         rows.append({"run": run.name, "tap": tap, "layers": args.layers or [*known],

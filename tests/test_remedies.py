@@ -10,7 +10,7 @@ from lab import remedies
 from lab.remedies import REMEDIES, Groups, OutlierColumns, PerToken, Rotated, SinkInFloat, smooth
 from minq.attention import ATTENTIONS
 from minq.model import FAMILIES
-from minq.quant import ActivationQuantizer, affine_parameters, calibrating
+from minq.quant import ActivationQuantizer, affine_parameters, calibrating, quantize_model
 from running import SMALL, run
 
 
@@ -154,6 +154,18 @@ def test_smoothing_is_its_formula():
     torch.testing.assert_close(smoothed.ffn_up.weight, W * s)
 
 
+@torch.no_grad()
+def test_a_clamp_ends_the_range_of_its_quantizer():
+    model, inputs = small("opt")
+    known = remedies.limits(model, [inputs], "ffn_output", 1.0)
+    quantized = quantize_model(remedies.clamped(model, [inputs], sigma=1.0))
+    with calibrating(quantized):
+        quantized(*inputs)
+    low, high, _ = known[1]  # layer 1, whose input is not clamped
+    seen = quantized.layers[0].ffn_output_tap.after_tap.range
+    assert seen.low == low and seen.high == high
+
+
 # ---- by name ----
 
 @pytest.mark.parametrize("name", REMEDIES)
@@ -182,7 +194,7 @@ def test_the_table(corpus, tmp_path):
         assert list(found) == ["8x8", "4x4"] * (remedy["remedy"] != "SmoothQuant")
         assert all(len(x["all"]) == len(x["sqnr"]["all"]) == 2 for x in found.values())
         assert f"| {remedy['remedy']} | {'' if found else '–'}" in out
-    assert out.count("1 token") == 1 and " of " in row["remedies"][4]["floats"]
+    assert out.count("1 token") == 1 and " of " in row["remedies"][6]["floats"]
     run("quantize.py", tmp_path / "run", *command)
     (plain,) = json.loads((tmp_path / "x.json").read_text())
     assert row["remedies"][0]["quantized"]["8x8"]["all"] == plain["quantized"]["8x8"]["all"]

@@ -14,8 +14,8 @@ from running import SMALL, run, saved, small, start
 
 def command(script):
     """What stands before the words of a row."""
-    if script == "quantize":
-        return ["quantize.py", "bert"]
+    if script in ("quantize.py", "lab.remove"):
+        return [script, "bert"]
     return [*small(f"{script}.py", "corpus.txt", "cifar"), "--out", "new"]
 
 
@@ -57,8 +57,9 @@ train_bert --vocab-size 0 100000 --special-ids 1,2,3 1,2,3,4,1 1,1,2,3 a,b,c,d
 train_opt --sample 0 --lr inf --gate none --norm batchnorm --positions normal --mask-prob 0.1
 train_vit --crop-scale 2 nan --flip 1.5 --jitter inf --mixup inf --cutmix nan --rand-magnitude 11
 train_vit --rand-augment 1000000000 --image-size 0 --patch-size 5 64 --epochs 0 --seq-len 8
-quantize --bits 1 --w-bits 1 --a-bits 17 eight --w-estimator best --a-estimator p50 --seeds 0
-quantize --batches 0 --eval-batches -1 --w-granularity row --json nowhere/table.json nothing
+quantize.py --bits 1 --w-bits 1 --a-bits 17 eight --w-estimator best --a-estimator p50 --seeds 0
+quantize.py --batches 0 --eval-batches -1 --w-granularity row --json nowhere/table.json nothing
+lab.remove --tap queries norm2 --layers 0 9 --tokens some --sigma 0 nan
 """
 
 
@@ -101,8 +102,8 @@ train_opt --attention row-clipped --gamma -1  | --gamma -1.0 needs --attention c
 train_vit --epochs 2                          | --steps 6 | --epochs 2 | give one
 train_vit --cutmix 1 --batch-size 7           | --batch-size 7: | pairs
 train_vit --data nothing                      | nothing: expected | built in: shapes, cifar10
-quantize nothing                              | nothing: no run here
-quantize vit --data sixty                     | vit: its model has classes 10, the data 60
+quantize.py nothing                           | nothing: no run here
+quantize.py vit --data sixty                  | vit: its model has classes 10, the data 60
 """
 TABLE = [*rows_of(VALUES)]
 for words, *messages in (map(str.strip, row.split("|")) for row in ROWS.strip().splitlines()):
