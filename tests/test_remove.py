@@ -12,12 +12,12 @@ from small import inputs, small
 from test_damage import RUNS, opened, runs  # noqa: F401, a fixture
 
 X = 3 * torch.randn(4, 12, 32, generator=torch.Generator().manual_seed(1))
-IS_DELIMITER, MEAN = torch.arange(260) % 3 // 2, torch.randn(3, 32)
+IS_DELIMITER, MEAN = torch.arange(260) % 2, torch.randn(3, 32)
 
 
 def kinds(tokens):
     """Of each token its place in KINDS, by hand."""
-    return torch.tensor([[bool(t) * (2 - int(i) % 3 // 2) for t, i in enumerate(x)] for x in tokens])
+    return torch.tensor([[bool(t) * (2 - int(i) % 2) for t, i in enumerate(x)] for x in tokens])
 
 
 @pytest.mark.parametrize("how", REPLACEMENTS)
@@ -30,8 +30,8 @@ def test_each_value_is_replaced_by_hand(how):
         assert torch.equal(replaced(name), torch.where((kind == i)[..., None], found, X))
     if how == "control":  # as many of each token; of these, what is beyond itself stays
         moved, n = (found != X).sum(dim=2), beyond.sum(dim=2)
-        assert (moved <= n).all() and 0.7 * n.sum() < moved.sum() and not found[found != X].any()
-        assert torch.equal(found[beyond], X[beyond])
+        assert (moved <= n).all() and 0.7 * n.sum() < moved.sum()
+        assert torch.equal(found, X * ((found == X) | beyond))
     for b, t, d in np.ndindex(*X.shape) if how != "control" else ():
         x = X[b, t, d].item()
         new = {"zero": 0.0, "mean": MEAN[kind[b, t], d], "limit": -4.0 if x < 0 else 5.0}[how]
