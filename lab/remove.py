@@ -5,17 +5,19 @@
 
 Sun et al., Massive Activations (2402.17762, sec. 3) set the few largest values of an LLM's residual
 stream, in the layer where they appear, to zero, and it breaks; to their mean over inputs, and
-nothing changes: the model needs a constant there. (Their code: two dimensions of the start token,
-and of one other, of LLaMA-2's second layer.)
+nothing changes: the model needs a constant there. (Their code does so to two dimensions of the
+start token and of one other token, in one layer of LLaMA-2.)
 
-Here the values of a tap beyond mean -+ 6 sigma are replaced in every layer. Mean and sigma are the
-layer's, over calibration inputs, without the start token. In their place stands
+Here the values of a tap beyond mean -+ 6 sigma are replaced in every layer. Mean and sigma are
+those of the layer in the untouched model, over calibration inputs, without the start token. In
+place of these values stands
 
     zero      0
     mean      the mean over inputs of that dimension, at tokens of that kind: the start token (of
               BERT and ViT: [CLS]), delimiters (lab.survey), or others
     limit     mean -+ 6 sigma: they are clamped
-    control   themselves; as many others of these tokens, drawn once at random, are set to zero
+    control   themselves; as many others of the same tokens, in dimensions drawn once at random,
+              are set to zero
 
 A row has the metric; sqnr, of the last hidden states against the untouched model's; how many heads
 park (as lab.analyze has it, on 16 batches); attention to the sink and update, means over these
@@ -70,6 +72,7 @@ class Replaced(nn.Module):
         kind = kinds(x, self.embedding)
         chosen = self.tokens == "all" or (kind == KINDS.index(self.tokens))[..., None]
         beyond = ((x < self.low) | (x > self.high)) & chosen
+        # the control: of the same tokens as many values, in other dimensions
         order = torch.randperm(x.shape[-1], generator=torch.Generator().manual_seed(0))
         place = {"control": beyond[..., order.to(x.device)] & ~beyond}
         new = {"mean": self.mean[kind], "limit": x.clamp(self.low, self.high)}
