@@ -24,17 +24,16 @@ park (as lab.analyze has it, on 16 batches); attention to the sink and update, m
 heads and the one with most attention on one token; and the metric in 8 and 6 bits after removal.
 """
 import copy
-import json
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import lab.cures  # noqa: F401, runs with such an attention open
+import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.damage import last_states, scores
 from lab.survey import DELIMITERS, survey, token_groups, token_names
-from lab.tables import markdown
+from lab.tables import markdown, write_json
 from minq import flags
 from minq.outliers import watch
 from minq.quant import quantize_model
@@ -166,8 +165,7 @@ def main(argv=None):
         if max(args.layers or [1]) > len(blocks):
             raise flags.UserError(f"--layers {max(args.layers)}: {run.name} has {len(blocks)}")
     found = [removal(run, args) for run in runs]
-    if args.json:
-        flags.write_atomically(args.json, json.dumps(sum(found, []), indent=1) + "\n")
+    write_json(args.json, sum(found, []))
     for rows in found:
         print("\n{run}, {tap}\n\n".format(**rows[0]) + markdown([
             {key: row[key] for key in ("tokens", "replacement")}
