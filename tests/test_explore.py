@@ -1,19 +1,28 @@
-"""docs/explore.html: well formed, labelled, alone in the world; its arithmetic is minq's, asked in
-a real browser: Chromium, Chrome or Edge on the PATH. Without one those tests are skipped."""
+"""docs/explore.html: well formed, labelled, alone in the world; its arithmetic and its model are
+minq's, asked in a real browser: Chromium, Chrome or Edge on the PATH. Without one those tests are
+skipped."""
+import base64
 import html
 import json
 import re
 import shutil
 import subprocess
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from minq.attention import LinearGate, clipped_softmax
-from minq.quant import affine_parameters, fake_quantize, quantize
+from minq.model import Opt, OptConfig
+from minq.outliers import listening
+from minq.quant import (ActivationQuantizer, affine_parameters, fake_quantize, quantize,
+                        quantize_model)
+from running import SMALL, run
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "explore.html"
@@ -57,7 +66,7 @@ def test_the_page_is_well_formed_and_alone():
         assert not target or target == "data:," or (PAGE.parent / target).exists(), target
         named = [attributes.get("for"), attributes.get("aria-labelledby"), anchor]
         assert set(filter(None, named)) <= set(ids)
-        if tag == "input":  # a legend is the question of what lies in a label
+        if tag in ("input", "textarea"):  # a legend is the question of what lies in a label
             assert attributes.get("id") in labelled or {"label", "fieldset"} <= set(inside)
         if tag == "svg":
             assert "aria-hidden" in attributes or attributes["role"] and attributes["aria-label"]
@@ -67,10 +76,11 @@ def test_the_page_is_well_formed_and_alone():
 
 def test_every_panel_names_its_source():
     panels = re.findall(r'<p class="same">.*?"\.\./(minq/\w+\.py)">(.*?)</p>', SOURCE, re.DOTALL)
-    assert len(panels) == 3
+    assert len(panels) == 4
     for source, functions in panels:
         for name in re.findall(r"<code>(\w+)</code>", functions):
-            assert re.search(rf"^(def|class) {name}\b", (ROOT / source).read_text(), re.MULTILINE)
+            assert re.search(rf"^(def|class) {name}\b|import .*\b{name}\b",
+                             (ROOT / source).read_text(), re.MULTILINE)
 
 
 # ---- in a browser ----
@@ -88,15 +98,15 @@ var errors = []; addEventListener("error", event => errors.push(event.message));
 @pytest.fixture(scope="module")
 def ask(tmp_path_factory):
     """ask(script, given): what the script, the body of a function of `given`, returns inside the
-    page. Fails where the page has raised an error or loaded anything."""
+    page, or one with another `source`. Fails where that has raised an error or loaded anything."""
     browser = next(filter(None, map(shutil.which, BROWSERS.split())), None)
     if browser is None:
         pytest.skip(f"none of {BROWSERS} on the PATH")
     page = tmp_path_factory.mktemp("explore") / "page.html"
 
-    def ask(script, given=None):
+    def ask(script, given=None, source=SOURCE):
         asked = ASKED.replace("SCRIPT", script).replace("GIVEN", json.dumps(given))
-        page.write_text(SOURCE.replace("<head>", FIRST).replace("</body>", asked))
+        page.write_text(source.replace("<head>", FIRST).replace("</body>", asked))
         command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run",
                    "--disable-dev-shm-usage", f"--user-data-dir={page.parent}", "--dump-dom",
                    page.as_uri()]
@@ -127,7 +137,7 @@ def test_the_grid_is_minqs_bit_for_bit(ask):
     answers = ask("""return given.map(([bits, x]) => {
         const grid = affineParameters(Math.min(...x.slice(0, 200)), Math.max(...x.slice(0, 200)),
                                       bits);
-        const both = [quantize, fakeQuantize].map(f => x.map(v => f(v, grid, bits)));
+        const both = [quantize, fakeQuantize].map(f => x.map(v => f(v, grid)));
         return [grid.scale, grid.zeroPoint, ...both];
     });""", [(n_bits, x.tolist()) for n_bits, x in samples])
     for (n_bits, x), answer in zip(samples, answers, strict=True):
@@ -178,3 +188,165 @@ def test_the_panels_show_minqs_numbers(ask):
         pi = gate(torch.zeros(1, 1, 2), None).item()
         assert pages == pytest.approx([plain.item(), clipped.item(), pi * plain.item()],
                                       rel=1e-4, abs=1e-6 * tokens)
+
+
+# ---- its model ----
+
+FLOATING, BOTH = (16, False, False, False), (True, True)  # bits, weights, activations, removed
+SETTINGS = [(16, *BOTH, False), (16, *BOTH, True), (8, *BOTH, False), (7, *BOTH, True),
+            (6, False, True, False), (5, True, False, True), (4, *BOTH, False)]
+TEXTS = ["def f(x):\n    return x + 1\n",
+         "It was the best of times, it was the worst of times, it was the age of wisdom, <&>",
+         "x = \u00e9t\u00e9", "#"]
+ASKED_OF_THE_MODEL = """return given[1].map(text => given[0].map(setting => {
+    const [bits, weights, activations, removed] = setting;
+    const how = {bits, weights, activations, removed};
+    const lasts = sequences(text).map(({tokens}) => forward(tokens, how).logits.at(-1));
+    return [perplexity(text, how), lasts.map(row => Array.from(row))];
+}));"""
+
+
+def shipped(source=SOURCE):
+    """(minq's model with the weights in the page, all that the page knows of it)"""
+    there = json.loads(re.search(r'id="model">\n(.*)\n</script>', source)[1])
+    model, packed, at = Opt(OptConfig(**there["config"])).eval(), base64.b64decode(there["packed"]), 0
+    assert there["shapes"] == {name: [*weight.shape] for name, weight in model.named_parameters()}
+    for weight in model.parameters():
+        n, end = len(weight), at + 4 * len(weight)
+        scales = np.frombuffer(packed, np.float32, n, at).reshape(n, 1)
+        integers = np.frombuffer(packed, np.int8, weight.numel(), end).reshape(n, -1)
+        weight.data, at = torch.tensor(scales * integers).view_as(weight), end + weight.numel()
+    assert at == len(packed)
+    return model, there
+
+
+def as_set(model, there, bits, weights, activations, removed):
+    """The quantized model that the page's settings stand for, with the page's ranges, in float64,
+    as the page computes: in float32 a sum may be rounded to another side of a level."""
+    only = "*" if weights and activations else "*.weight" if weights else "*_tap"
+    model = quantize_model(model, bits, bits, only=only).double()
+    for name, tap in model.named_modules():
+        if isinstance(tap, ActivationQuantizer):
+            ends = there["removed" if removed else "kept"][name.removesuffix("_tap")]
+            tap.scale, tap.zero_point = affine_parameters(*torch.tensor(ends), bits)
+    for layer, dimensions in there["outliers"].items() if removed else ():
+        def remove(module, args, output, dimensions=dimensions):
+            output[:, 0, dimensions] = 0.0
+        model.layers[int(layer)].ffn_down.register_forward_hook(remove)
+    return model
+
+
+@torch.no_grad()
+def minq_says(model, text):
+    """(perplexity of a text, the last logits of each sequence of it)"""
+    targets = torch.tensor([*text.encode()]).split(model.config.seq_len)
+    logits = [model(F.pad(part[:-1], (1, 0), value=257)[None])[0] for part in targets]
+    loss = F.cross_entropy(torch.cat(logits), torch.cat(targets))
+    return loss.exp().item(), [part[-1].tolist() for part in logits]
+
+
+def assert_the_model_is_minqs(ask, source):
+    model, there = shipped(source)
+    answers = ask(ASKED_OF_THE_MODEL, [[FLOATING, *SETTINGS], TEXTS], source)
+    for text, (floating, *quantized) in zip(TEXTS, answers, strict=True):
+        perplexity, logits = minq_says(model, text)  # in float32
+        assert floating[0] == pytest.approx(perplexity, rel=1e-4)
+        assert np.allclose(floating[1], logits, rtol=0, atol=1e-4)
+        assert quantized[0][0] == pytest.approx(perplexity, rel=0.01)  # 16 bits, outliers kept
+        for setting, (perplexity, logits) in zip(SETTINGS, quantized, strict=True):
+            ours = minq_says(as_set(model, there, *setting), text)
+            assert perplexity == pytest.approx(ours[0], rel=1e-6), setting
+            assert np.allclose(logits, ours[1], rtol=0, atol=1e-6), setting
+
+
+@pytest.mark.slow
+def test_the_model_is_minqs(ask):
+    assert len(SOURCE.encode()) <= 400_000
+    assert_the_model_is_minqs(ask, SOURCE)
+
+
+@pytest.mark.slow
+def test_the_last_panel_shows_the_model(ask):
+    text, setting = 3 * TEXTS[0], (6, True, True, True)
+    answer = ask("""
+    const shown = ["live-float", "live-perplexity", "live-largest", "live-parked", "live-even"];
+    const press = (name, value) =>
+        document.querySelector(`input[name=${name}][value="${value}"]`).click();
+    byId("own-text").value = given;
+    byId("live-bits").value = 6;
+    press("rounded", "both"); press("removed", "yes"); press("live-layer", 2); press("live-head", 3);
+    const figures = shown.map(id => byId(id).textContent), how = liveSettings();
+    for (const bits of [4, 10, 16]) for (const removed of [false, true])
+        perplexityOf({...how, bits, removed});
+    drawCurves(how);
+    const points = ["circle", "path.f-blue"].map(
+        kind => document.querySelectorAll(`#curve-picture ${kind}`).length);
+    byId("own-text").value = "";
+    drawLive();
+    return [figures, known, points, shown.map(id => byId(id).textContent)];""", text)
+    figures, curves, points, without_text = answer
+    model, there = shipped()
+    quantized, seen = as_set(model, there, *setting), {}
+    perplexity = [minq_says(part, text)[0] for part in (model, quantized)]
+    with torch.no_grad(), listening(quantized, ("layer_output", "probs"),
+                                    lambda tap, place, x: seen.setdefault((tap, place), x)):
+        minq_says(quantized, text[:32])
+    parked = seen["probs", 2][0, 3, :, 0].mean()
+    even = (1 / torch.arange(1, 33)).mean()
+    largest = seen["layer_output", 2].abs().max()
+    assert figures == [f"{perplexity[0]:.3g}", f"{perplexity[1]:.3g}", f"{largest:.2f}",
+                       f"{100 * parked:.0f}%",
+                       f"attention of head 4 on the start token (even: {100 * even:.0f}%)"]
+    assert points == [4, 4] and len(curves) == 1 + 8  # all that is known, six bits too
+    assert curves["6,true,true,true"] == pytest.approx(perplexity[1], rel=1e-6)
+    assert without_text[:4] == 4 * ["\u2013"]
+
+
+# ---- docs/make_explore.py ----
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """made(run): the source of the page with that run's model."""
+    monkeypatch.setattr(sys, "path", [str(PAGE.parent), *sys.path])
+    page = tmp_path / "explore.html"
+    page.write_text(SOURCE)
+
+    def made(folder, code=0):
+        monkeypatch.setattr("make_explore.PAGE", page)
+        _, error = run("make_explore", folder, code=code)
+        return error if code else page.read_text()
+    return made
+
+
+@pytest.mark.slow
+def test_the_page_has_the_run_that_it_names(made):
+    (_, here), (model, again) = shipped(), shipped(made(ROOT / "zoo" / "opt-vanilla"))
+    assert here["run"] == "zoo/opt-vanilla" and here["outliers"] == again["outliers"]
+    assert here["packed"] == again["packed"]
+    for ranges in ("kept", "removed"):
+        assert {*here[ranges]} == {name.removesuffix("_tap") for name, _ in model.named_modules()
+                                   if name.endswith("_tap")}
+        for tap in here[ranges]:
+            assert here[ranges][tap] == pytest.approx(again[ranges][tap], rel=1e-3, abs=1e-3)
+    for layer, dimensions in here["outliers"].items():  # nothing of them is left
+        tap, width = f"layers.{layer}.ffn_output", here["config"]["width"]
+        widths = [ranges[tap][1] - ranges[tap][0] for ranges in (here["kept"], here["removed"])]
+        assert (widths[1] < widths[0] / 2) == bool(dimensions) and len(dimensions) < width / 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--attention gated", "--attention clipped --gamma -0.2"])
+def test_another_run_can_be_put_in(ask, made, corpus, tmp_path, flags):
+    run("train_opt.py", *SMALL, *flags.split(), "--data", corpus, "--out", tmp_path / "run")
+    assert_the_model_is_minqs(ask, made(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_a_run_that_the_page_cannot_compute_is_named(made, corpus, tmp_path):
+    run("train_opt.py", *SMALL, "--attention", "gated", "--gate", "mlp", "--data", corpus,
+        "--out", tmp_path / "run")
+    for folder, words in ((ROOT / "zoo" / "bert-gated", "expected one of opt"),
+                          (tmp_path / "run", "gates if any linear")):
+        error = made(folder, code=2)
+        assert str(folder) in error and words in error and error.count("\n") == 1
+    assert (tmp_path / "explore.html").read_text() == SOURCE
