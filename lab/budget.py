@@ -1,0 +1,235 @@
+"""The noise budget: what quantization will cost a model, predicted before anything is quantized.
+
+    python -m lab.budget zoo/bert-long-vanilla                 the tensors that cost most at 8 bits
+    python -m lab.budget zoo/*-* --bits 8 7 6 --measure --out figures        prediction and truth
+
+Four steps for a blackboard; no number in them is fitted.
+
+1. A uniform grid of b bits over a range R has steps of R / (2^b - 1). Rounding moves a value by at
+   most half a step, anywhere in between alike, so it adds noise of variance
+
+       noise = (R / (2^b - 1))^2 / 12
+
+   One value far out sets R for all, and the noise is the same for the smallest. Twice the range
+   costs as much as one bit: four times the noise, 6 dB.
+2. How much of it arrives? A value x_i moves the last hidden states h by dh/dx_i per unit. Noises of
+   different values are independent, so their squares add up, over values, tensors and weights:
+
+       noise / signal = sum over tensors of noise * |dh/dx|^2 / |h|^2
+
+   |dh/dx|^2 is the tensor's gain. One backward pass from h with random signs finds all gains: the
+   mean of (sum of s_j dh_j/dx_i)^2 over signs s is the sum of (dh_j/dx_i)^2 (Hutchinson 1990).
+   Gains know what a LayerNorm does, which divides a token's noise by the token's own deviation:
+   after it noise over signal is what it was before. So in a post-LN model the outlier of a layer
+   is paid for twice, where it is written and in the residual sum. A pre-LN model hands it on from
+   sum to sum, and each residual tap that it passes rounds everybody with its range.
+3. The last LayerNorm divides by what it gets, noise included: of noise / signal = r before it
+
+       SQNR = -10 log10 (2 - 2 / sqrt(1 + r))    which is 1 / r in dB, where r is small
+
+4. What is lost? Small noise e on x costs half of e^T F e nats, F the Fisher information: the mean
+   square of d log p(y)/dx for y drawn from the model's own prediction p (a second backward pass):
+
+       nats per prediction = sum over tensors of noise * E[(d log p(y)/dx)^2] / 2
+       perplexity = perplexity in floating point * exp(nats)
+
+It is a prediction to first order: good while less than about a third is lost. It misses what is no
+rounding noise: values that fall on the grid (zeros), and ranges that clip.
+"""
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import lab.cures  # noqa: F401, runs with such an attention open
+from lab.damage import last_states, scores
+from lab.tables import markdown, pictures_with
+from minq import flags
+from minq.quant import ActivationQuantizer, percentile_of, quantize_model
+from minq.runs import open_run
+from minq.training import pick_device, to_device
+
+
+class Ear(ActivationQuantizer):
+    """Learns its range, and keeps what passes it as it is, with its gradient."""
+
+    def on_grid(self, x):
+        if x.requires_grad:
+            x.retain_grad()
+        self.x = x
+        return x
+
+
+# ---- what noise on each tensor does ----
+
+def gains(run, batches=16, eval_batches=4):
+    """{name: {range, sigma, gain: {target: ...}, token_gain: {target: ...}}} of taps and weights.
+
+    range: R, of a weight one per scale, (G, 1). sigma: deviation of the 99.5% smallest values.
+    gain: what noise of variance 1 on the tensor adds to "states", noise / signal, and to "nats"
+    per prediction, of a weight (G, 1). token_gain: the same for a variance of each token's R^2.
+    """
+    model = quantize_model(run.model, 16, 16, quantizer=Ear)  # weights move by 2^-16 of R
+    run.calibrate(model, 0, batches)
+    taps = {name: m for name, m in model.named_modules() if isinstance(m, Ear)}
+    weights = {f"{name}.weight": m for name, m in model.named_modules()
+               if hasattr(m, "weight_grid")}
+    last = [tap for name, tap in taps.items() if name.endswith(f"{model.hidden_tap}_tap")][-1]
+    targets = ("states", "nats") if model.metric == "perplexity" else ("states",)
+    found = {name: {"gain": dict.fromkeys(targets, 0.0), "token_gain": dict.fromkeys(targets, 0.0)}
+             for name in (*taps, *weights)}
+    total, draws = dict.fromkeys(targets, 0.0), torch.Generator(run.device).manual_seed(0)
+
+    for inputs, _ in run.validation(eval_batches):
+        for target in targets:
+            model.zero_grad()
+            logits, h = model(*to_device(inputs, run.device)), last.x
+            if target == "states":
+                signs = torch.randint(0, 2, h.shape, generator=draws, device=h.device) * 2 - 1
+                (h * signs).sum().backward()
+                total[target] += h.square().sum().item()
+            else:
+                logits = logits.flatten(0, -2)
+                y = logits.softmax(-1).multinomial(1, generator=draws).flatten()
+                F.cross_entropy(logits, y, reduction="sum").backward()
+                total[target] += 2 * len(y)
+            for name, tap in taps.items():
+                squares, x = tap.x.grad.square(), tap.x.detach()
+                span = x.amax(-1).clamp(min=0) - x.amin(-1).clamp(max=0)
+                found[name]["gain"][target] += squares.sum()
+                found[name]["token_gain"][target] += (squares.sum(-1) * span.square()).sum()
+            for name, module in weights.items():
+                if module.weight.grad is not None:  # the head of a ViT comes after the states
+                    squares = module.weight.grad.square().view(len(module.weight_grid[0]), -1)
+                    found[name]["gain"][target] += squares.sum(dim=1, keepdim=True)
+
+    for name, tensor in found.items():
+        for gain in tensor["gain"], tensor["token_gain"]:
+            gain |= {target: gain[target] / total[target] for target in targets}
+        if name in taps:
+            values, found_range = taps[name].x, taps[name].range
+            tensor["range"] = found_range.high.clamp(min=0) - found_range.low.clamp(max=0)
+        else:
+            values, grid = weights[name].weight, weights[name].weight_grid
+            tensor["range"] = grid[0] * 65535
+        values = values.detach().flatten()
+        tensor["sigma"] = values[values.abs() <= percentile_of(values.abs(), 99.5)].std().item()
+    return found
+
+
+HOWS = ("clamped at 4 sigma", "a range per token", "in 16 bits")
+
+
+def noise(tensor, target, bits, how=None):
+    """What rounding a tensor adds to noise / signal ("states"), or to the nats that are lost."""
+    span, gain = tensor["range"], tensor["gain"][target]
+    if how == HOWS[0]:
+        span = span.clamp(max=8 * tensor["sigma"])
+    if how == HOWS[1] and torch.is_tensor(tensor["token_gain"][target]):  # a weight has none
+        span, gain = 1.0, tensor["token_gain"][target]
+    if how == HOWS[2]:
+        bits = 16
+    return float(torch.as_tensor(gain * (span / (2 ** bits - 1)) ** 2).sum()) / 12
+
+
+def predict(tensors, bits, changed=(), how=None):
+    """{predicted_sqnr in dB, predicted_loss in percent of perplexity} with every tensor in `bits`,
+    but those named in `changed` as `how`, one of HOWS, says. A loss of accuracy is not predicted.
+    """
+    total = lambda target: sum(noise(x, target, bits, how if name in changed else None)
+                               for name, x in tensors.items())
+    known = all("nats" in x["gain"] for x in tensors.values())
+    return {"predicted_sqnr": -10 * math.log10(2 - 2 / math.sqrt(1 + total("states"))),
+            "predicted_loss": 100 * math.expm1(min(total("nats"), 50)) if known else None}
+
+
+def bits_needed(tensors):
+    """The bits at which a fifth of perplexity is lost: nats go with 1 / (2^b - 1)^2."""
+    nats = sum(noise(x, "nats", 8) for x in tensors.values())
+    return math.log2(1 + 255 * math.sqrt(nats / math.log(1.2)))
+
+
+# ---- beside what happens ----
+
+def measure(run, bits, batches, eval_batches):
+    """{metric, measured_sqnr, loss_percent} of the quantized model; of accuracy, points."""
+    states = list(last_states(run, run.model, eval_batches))
+    fp = scores(run, run.model, states, eval_batches)["metric"]
+    model = quantize_model(run.model, bits, bits)
+    run.calibrate(model, 0, batches)
+    metric, sqnr = scores(run, model, states, eval_batches).values()
+    loss = {"perplexity": 100 * (metric / fp - 1), "accuracy": fp - metric}.get(run.model.metric)
+    return {"metric": metric, "measured_sqnr": sqnr, "loss_percent": loss}
+
+
+def budget(run, args):
+    """A row for each of args.bits, and the tensors: see `gains`."""
+    tensors, rows = gains(run, args.batches), []
+    for bits in args.bits:
+        taps = []
+        for name, x in tensors.items():
+            parts = name.split(".")
+            taps.append({"tap": ".".join(parts[-1 - (parts[-1] == "weight"):]).removesuffix("_tap"),
+                         "layer": int(parts[1]) + 1 if parts[0] == "layers" else None,
+                         "range": float(torch.as_tensor(x["range"]).max()), "sigma": x["sigma"],
+                         "noise": noise(x, "states", bits)})
+        measured = measure(run, bits, args.batches, args.eval_batches) if args.measure else {}
+        rows.append({"run": run.name, "bits": bits, **predict(tensors, bits), **measured,
+                     "taps": taps})
+    return rows, tensors
+
+
+def print_tables(rows, tensors, shown):
+    """What is predicted, and what was measured; the tensors that cost most, and what would help."""
+    columns = {"SQNR dB, predicted": "predicted_sqnr", "SQNR dB, measured": "measured_sqnr",
+               "loss %, predicted": "predicted_loss", "loss %, measured": "loss_percent"}
+    print(f"\n{rows[0]['run']}\n\n" + markdown([{"bits": str(row["bits"])} | {
+        title: f"{row[key]:.3g}" for title, key in columns.items() if row.get(key) is not None}
+        for row in rows]))
+    bits, taps = rows[0]["bits"], dict(zip(tensors, rows[0]["taps"]))
+    total = sum(x["noise"] for x in taps.values())
+    worst = sorted(taps, key=lambda name: -taps[name]["noise"])[:shown]
+    if_changed = lambda names: {how: f"{predict(tensors, bits, names, how)['predicted_sqnr']:.1f}"
+                                for how in HOWS}
+    lines = [{"tensor": x["tap"], "layer": str(x["layer"] or ""), "range": f"{x['range']:.3g}",
+              "range / sigma": f"{x['range'] / x['sigma']:.3g}",
+              "of the noise": f"{x['noise'] / total:.0%}"} | if_changed([name])
+             for name, x in taps.items() if name in worst]
+    lines.append(dict.fromkeys(lines[0], "") | {
+        "tensor": "all of these", "of the noise": f"{sum(taps[n]['noise'] for n in worst) / total:.0%}"}
+        | if_changed(worst))
+    print(f"\nwhat costs most at {bits} bits, and the predicted SQNR if it were ...\n\n"
+          + markdown(lines, words=2))
+    if rows[0]["predicted_loss"] is not None:
+        print(f"\na fifth is lost at {bits_needed(tensors):.2f} bits, as predicted")
+
+
+@flags.one_line_errors
+def main(argv=None):
+    parser = flags.Parser(__doc__)
+    flags.add_run_flags(parser, seeds=None)
+    add = parser.add_argument
+    add("--bits", type=flags.bits, nargs="+", default=[8], help="of weights and activations")
+    add("--measure", action="store_true", help="quantize and measure, too")
+    add("--tensors", type=flags.positive, default=3, help="that are shown; --json has all")
+    add("--out", type=flags.place, metavar="FOLDER", help="draw what --measure has found there")
+    args = parser.parse_args(argv)
+    if args.out and not args.measure:
+        raise flags.UserError("--out draws predictions beside what happens; it needs --measure")
+    device, found = pick_device(args.device), []
+    for run in [open_run(name, device, args.data) for name in args.runs]:
+        rows, tensors = budget(run, args)
+        found += rows
+        print_tables(rows, tensors, args.tensors)
+    if args.json:
+        flags.write_atomically(args.json, json.dumps(found, indent=1) + "\n")
+    if args.out and (figures := pictures_with()):
+        with flags.writing(f"--out {args.out}"):
+            Path(args.out).mkdir(parents=True, exist_ok=True)
+            figures.budget(found).savefig(Path(args.out, "budget.png"))
+
+
+if __name__ == "__main__":
+    main()
