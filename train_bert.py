@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.backcopy, lab.cures, lab.integer_training, lab.muon  # noqa: F401, names for flags
+import lab.backcopy, lab.cures, lab.integer_training, lab.muon, lab.repair  # names of flags
 from minq import flags
 from minq.data import IGNORE, MaskedText, load_text
 from minq.fake_quant import LINEARS, fake_quantize_training
@@ -46,6 +46,7 @@ def main(argv=None):
     parser.add_argument("--mask-prob", type=flags.fraction, help="share of tokens to predict")
     flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
     args, typed = flags.read_flags("bert", BertConfig, parser, PRESETS, argv)
+    lab.repair.take_sizes(args, typed, "bert")  # --from: a run's
     checkpoint = resume(args, typed, "bert") if args.resume else None
     world = start_processes()
     device = pick_device(args.device)
@@ -59,6 +60,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     config = BertConfig.of(args, vocab_size=text.vocab_size)
     model = Bert(config).to(device)
+    lab.repair.begin(args, model)  # --from: another run's weights
 
     # ---- optimizer ----
     groups = parameter_groups(model, args.weight_decay, args.decay_layernorm)

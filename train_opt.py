@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.backcopy, lab.cures, lab.integer_training, lab.muon  # noqa: F401, names for flags
+import lab.backcopy, lab.cures, lab.integer_training, lab.muon, lab.repair  # names of flags
 from minq import flags
 from minq.data import CausalText, load_text
 from minq.fake_quant import LINEARS, fake_quantize_training
@@ -46,6 +46,7 @@ def main(argv=None):
                         help="train nothing; print N tokens of text from the run in --out")
     flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
     args, typed = flags.read_flags("opt", OptConfig, parser, PRESETS, argv)
+    lab.repair.take_sizes(args, typed, "opt")  # --from: a run's
     checkpoint = resume(args, typed, "opt") if args.resume else None
     world = start_processes()
     device = pick_device(args.device)
@@ -61,6 +62,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     config = OptConfig.of(args, vocab_size=text.vocab_size)
     model = Opt(config).to(device)
+    lab.repair.begin(args, model)  # --from: another run's weights
 
     # ---- optimizer ----
     groups = parameter_groups(model, args.weight_decay, args.decay_layernorm)

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.cures, lab.integer_training, lab.muon  # noqa: F401, names for --attention and others
+import lab.cures, lab.integer_training, lab.muon, lab.repair  # names for --attention and others
 from minq import flags
 from minq.augment import PIECES, Draws, augment
 from minq.fake_quant import LINEARS, fake_quantize_training
@@ -54,6 +54,7 @@ def main(argv=None):
         add(flags.option(name), type=flags.number(kind, low=0, high=most), help=help)
     flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
     args, typed = flags.read_flags("vit", ViTConfig, parser, PRESETS, argv)
+    lab.repair.take_sizes(args, typed, "vit")  # --from: a run's
     checkpoint = resume(args, typed, "vit") if args.resume else None
     world = start_processes()
     device = pick_device(args.device)
@@ -75,6 +76,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     config = ViTConfig.of(args, image_size=data.image_size, classes=data.classes)
     model = ViT(config).to(device)
+    lab.repair.begin(args, model)  # --from: another run's weights
 
     # ---- optimizer ----
     groups = parameter_groups(model, args.weight_decay, args.decay_layernorm)

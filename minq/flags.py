@@ -193,6 +193,7 @@ def add_training_flags(parser, optimizers, linears):
     add("--precision", choices=("fp32", "bf16", "fp16"), help="by default bf16 where it is native")
     add("--compile", action="store_true", help="torch.compile the model")
     add("--out", type=place, help="the run's folder; by default runs/ and its settings")
+    add("--from", type=source(()), metavar="RUN", help="begin with the weights and sizes of a run")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--resume", action="store_true", help="continue the run in --out with its own settings")
     add("--eval-every", type=positive, help="steps between evaluations")
@@ -246,8 +247,8 @@ def run_name(family, args, typed):
     """A folder's name from what was typed: runs/bert-clipped-alpha2.0-s0."""
     words = [family, args.attention]
     for name, value in typed.items():
-        if name == "data":
-            words.append(Path(value).stem)
+        if name in ("data", "from"):
+            words += ["from"] * (name == "from") + [Path(value).stem]
         elif name not in UNNAMED:
             words.append(name.replace("_", "") + ("" if value is True else str(value)))
     return "runs/" + "-".join((*words, f"s{args.seed}"))

@@ -1,0 +1,217 @@
+"""Repair a trained model: go on from its weights, with a cure put in, or in eight bits.
+
+    python train_bert.py --from zoo/bert-long-vanilla --attention gated --steps 5000
+    python -m lab.repair runs/all-MiniLM-L6-v2 --out runs/repaired        towards what it was
+
+`--from` (in the training scripts): a gate starts as the identity. Its last weights are 0, so that
+it multiplies by pi_init = p whatever its input, and the output projection is divided by p. A
+learned sink starts at -8, where it takes next to nothing. Clipped softmax, softmax1 and others have
+no setting that is the plain softmax: how far off they begin is printed.
+
+`python -m lab.repair`: quantization-aware training. Every weight and activation is on a static grid
+per tensor, as a chip would run it. Rounding passes gradients straight through: those of a rounded
+weight move the weight in floating point that it is rounded from. The scales of activations are
+learned, too (LSQ, arXiv 1902.08153): with y = x / s + z
+
+    x_quantized = (clip(y + stop_gradient(round(y) - y); 0, 2^b - 1) - z) * s
+
+A model that predicts is trained on its own task. An encoder without a head is trained towards what
+it was: the squared error of each layer's output over its signal, summed over layers.
+"""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import lab.cures  # noqa: F401, runs with such an attention open
+from lab.budget import gains
+from lab.damage import last_hidden, last_states, scores, sqnr_and_cosine
+from minq import flags
+from minq.attention import ATTENTIONS
+from minq.flags import UserError, config_flags, option
+from minq.model import FAMILIES
+from minq.outliers import listening
+from minq.quant import (ActivationQuantizer, affine_parameters, fake_quantize, grid,
+                        quantize_model)
+from minq.runs import load_checkpoint, open_run
+from minq.training import linear_schedule, pick_device, set_lr, to_device
+
+OF_DATA = ("data", "vocab_size", "special_ids")  # what --from takes over from a run's settings
+FREE = ("attention", "dropout", "init_std", "fused")  # of the Config: no weights depend on them
+
+
+# ---- --from, in the training scripts ----
+
+def own_data(folder, checkpoint):
+    """The name of a run's data; a file of its folder with its path."""
+    source = checkpoint["args"]["data"]
+    return str(Path(folder, source).resolve()) if Path(folder, source).exists() else source
+
+
+def take_sizes(args, typed, family):
+    """--from: the settings in `args` that weights depend on become those of the run there; so does
+    its data, unless --data is typed. UserError where a typed one differs."""
+    folder = getattr(args, "from")
+    if not folder or args.resume:
+        return
+    checkpoint = load_checkpoint(folder, family)
+    sizes = [f.name for f in config_flags(FAMILIES[family].config_class)
+             if not f.metadata["needs"] and f.name not in FREE]
+    saved = {name: x for name, x in checkpoint["config"].items() if name in (*sizes, "image_size")}
+    if "data" not in typed:
+        saved |= {name: checkpoint["args"].get(name) for name in OF_DATA}
+        saved["data"] = own_data(folder, checkpoint)
+    for name, value in saved.items():
+        if typed.get(name, value) != value:
+            raise UserError(f"{option(name)} {typed[name]}: the run to go on --from has {value}")
+        setattr(args, name, value)
+
+
+@torch.no_grad()
+def begin(args, model):
+    """--from: give `model` the weights of the run there, and its own attention a start that is as
+    near to plain softmax as it can be. Prints how near."""
+    folder = getattr(args, "from")
+    if not folder or args.resume:
+        return
+    device = next(model.parameters()).device
+    own = own_data(folder, load_checkpoint(folder)) == args.data  # which must not have changed
+    run = open_run(folder, device, None if own else args.data)
+    for size in run.data.sizes:
+        if (has := getattr(model.config, size)) != (needed := getattr(run.model.config, size)):
+            raise UserError(f"--data {args.data}: {size} {has}; the run to go on --from has {needed}")
+    model.load_state_dict(run.model.state_dict(), strict=False)
+    if model.config.attention != run.model.config.attention:
+        for block in model.layers:
+            start_plain(block.attention)
+    inputs = to_device(next(run.validation(1))[0], device)
+    moved = [(last_hidden(model.eval(), inputs), last_hidden(run.model, inputs))]
+    model.train()
+    print(f"from {folder}: begins at {sqnr_and_cosine(moved)['sqnr']:.1f} dB (SQNR of the last "
+          "hidden states beside its own)")
+
+
+def start_plain(attention):
+    """Make a new gate the identity, and a new sink small."""
+    H, d_head, width = attention.heads, attention.d_head, attention.proj.in_features
+    if hasattr(attention.softmax, "sink"):
+        attention.softmax.sink.fill_(-8.0)
+    if attention.gate is not None:
+        weights = [p for name, p in attention.gate.named_parameters() if "weight" in name]
+        weights[-1].zero_()
+        x = attention.proj.weight  # of any input the gate now makes the same
+        pi = attention.gate(x.new_zeros(1, 1, width), x.new_zeros(1, H, 1, d_head))  # (1, H, 1)
+        x /= pi.view(H, -1).expand(H, d_head).flatten()
+
+
+# ---- python -m lab.repair ----
+
+class LearnedQuantizer(ActivationQuantizer):
+    """An ActivationQuantizer whose scale is a parameter, once `learn` has been called."""
+
+    def __init__(self, n_bits, estimator):
+        super().__init__(n_bits, estimator)
+        self.log_scale = None
+
+    def learn(self, limit):
+        """From now on the scale is learned. It starts at a range within +-limit."""
+        low, high = self.range.low.clamp(min=-limit), self.range.high.clamp(max=limit)
+        scale, self.zero_point = affine_parameters(low, high, self.n_bits)
+        self.log_scale = nn.Parameter(scale.log())  # its exponential stays above 0
+
+    def on_grid(self, x):
+        if self.log_scale is None:
+            return super().on_grid(x)
+        scale = self.log_scale.exp()
+        y = x / scale + self.zero_point
+        y = y + (y.round() - y).detach()
+        self.out = (y.clamp(*grid(self.n_bits, False)) - self.zero_point) * scale
+        return self.out
+
+
+def student_of(run, args):
+    """(quantized copy of the run's model, the weights in floating point behind its own)."""
+    config = replace(run.model.config, attention=args.attention or run.model.config.attention)
+    model = type(run.model)(config).to(run.device).eval()
+    model.load_state_dict(run.model.state_dict(), strict=False)
+    for block in model.layers if config != run.model.config else ():
+        start_plain(block.attention)
+    student = quantize_model(model, args.bits, args.bits, "mse", quantizer=LearnedQuantizer)
+    run.calibrate(student, 0, args.batches)
+    sigma = {name: x["sigma"] for name, x in gains(run).items()} if args.clamp else {}
+    for name, tap in student.named_modules():
+        if isinstance(tap, LearnedQuantizer):
+            tap.learn(args.clamp * sigma[name] if args.clamp else torch.inf)
+    return student, {name: nn.Parameter(model.get_submodule(name).weight.detach().clone())
+                     for name, module in student.named_modules() if hasattr(module, "weight_grid")}
+
+
+def loss_of(student, teacher, inputs, targets):
+    predicted = student(*inputs)
+    if teacher.metric != "sqnr":
+        return F.cross_entropy(predicted.flatten(0, -2), targets.flatten())
+    wanted = []
+    hear = lambda tap, layer, x: wanted.append(x)
+    with torch.no_grad(), listening(teacher, ("layer_output",), hear):
+        teacher(*inputs)
+    moved = [block.layer_output_tap.out for block in student.layers]
+    return sum((x - h).square().sum() / h.square().sum() for x, h in zip(moved, wanted))
+
+
+def train(run, student, floats, args):
+    """Train, and return the scores on the way: a list of {step, metric, sqnr}."""
+    states, found = list(last_states(run, run.model, args.eval_batches)), []
+    scales = [p for name, p in student.named_parameters() if name.endswith("log_scale")]
+    on_grid = {name: student.get_submodule(name) for name in floats}
+    replaced = {id(module.weight) for module in on_grid.values()} | set(map(id, scales))
+    weights = [*floats.values(), *(p for p in student.parameters() if id(p) not in replaced)]
+    weights_only, scales_only = (torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
+                                 for parameters in (weights, scales))
+    for step in (progress := tqdm(range(args.steps + 1), unit="step")):
+        for name, module in on_grid.items():
+            w = floats[name].detach()
+            groups = w.view(len(module.weight_grid[0]), -1)
+            module.weight.data = fake_quantize(groups, *module.weight_grid).view_as(w)
+        if step % args.eval_every == 0 or step == args.steps:
+            found.append({"step": step} | scores(run, student, states, args.eval_batches))
+            progress.write("step {step}: {metric:.4g}, SQNR {sqnr:.1f} dB".format(**found[-1]))
+        arrays = run.data.train_batch(args.seed, step, run.checkpoint["args"]["batch_size"])
+        loss = loss_of(student, run.model, *to_device(run.data.to_model(*arrays), run.device))
+        loss.backward()
+        for name, module in on_grid.items():
+            floats[name].grad, module.weight.grad = module.weight.grad, None
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        for optimizer, rate in (weights_only, args.lr), (scales_only, 10 * args.lr):
+            set_lr(optimizer, rate * linear_schedule(step, 20, args.steps + 1))
+            optimizer.step()
+            optimizer.zero_grad()
+    return found
+
+
+@flags.one_line_errors
+def main(argv=None):
+    parser = flags.Parser(__doc__)
+    flags.add_run_flags(parser, seeds=None)
+    add = parser.add_argument
+    add("--attention", choices=ATTENTIONS, help="put in; by default the run's own")
+    add("--clamp", type=flags.above_0, metavar="SIGMAS", help="how far ranges reach at the start")
+    add("--bits", type=flags.bits, default=8, help="of weights and activations")
+    add("--steps", type=flags.positive, default=500, help="optimizer steps")
+    add("--lr", type=flags.above_0, default=3e-4, help="peak rate; of the scales' logarithms 10 x")
+    add("--eval-every", type=flags.positive, default=50, help="steps between evaluations")
+    add("--seed", type=flags.number(int, low=0), default=0, help="of the batches")
+    args = parser.parse_args(argv)
+    found = []
+    for run in [open_run(name, pick_device(args.device), args.data) for name in args.runs]:
+        found.append({"run": run.name, "attention": args.attention, "clamp": args.clamp,
+                      "curve": train(run, *student_of(run, args), args)})
+        if args.json:
+            flags.write_atomically(args.json, json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Going on from a trained model: what --from takes over, and training in eight bits."""
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lab.damage import last_hidden
+from minq.quant import quantize_model
+from minq.runs import open_run
+from running import run, saved, small, train
+
+DEVICE = torch.device("cpu")
+IDENTITY = ["gated", "gated --gate mlp --gate-init 0.3", "gated --gate all-heads --gate-init 0.1",
+            "headwise-gate", "elementwise-gate", "value-gate", "learned-sink"]
+
+
+@pytest.fixture(scope="module")
+def runs(corpus, cifar, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("from")
+    for family in ("bert", "opt", "vit"):
+        run(*small(f"train_{family}.py", corpus, cifar), "--out", folder / family)
+    return folder
+
+
+def begun(runs, tmp_path, family, *flags):
+    """A run from `runs` after one step at a rate of nearly 0, opened, and what was printed."""
+    out, _ = run(f"train_{family}.py", "--from", runs / family, "--steps", 1, "--warmup", 0,
+                 "--lr", 1e-12, "--weight-decay", 0, "--device", "cpu", "--precision", "fp32",
+                 "--out", tmp_path / "new", *flags)
+    return open_run(tmp_path / "new", DEVICE), out
+
+
+@pytest.mark.parametrize("family, attention", [
+    *(("bert", attention) for attention in IDENTITY), ("opt", IDENTITY[1]), ("vit", IDENTITY[2])])
+def test_a_gate_starts_as_the_identity(runs, tmp_path, family, attention):
+    before = open_run(runs / family, DEVICE)
+    after, _ = begun(runs, tmp_path, family, "--attention", *attention.split())
+    assert after.model.config.attention != "vanilla"
+    inputs = next(before.validation(1))[0]
+    assert after.data.sha256 == before.data.sha256
+    wanted, found = before.model(*inputs), after.model(*inputs)
+    assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max() + 1e-5
+    gates = [x for block in after.model.layers if block.attention.gate
+             for x in block.attention.gate.parameters()]
+    assert all(x.requires_grad for x in gates)
+
+
+def test_other_attentions_say_how_far_off_they_begin(runs, tmp_path):
+    before = open_run(runs / "bert", DEVICE)
+    after, out = begun(runs, tmp_path, "bert", "--attention", "clipped", "--alpha", 4)
+    inputs = next(before.validation(1))[0]
+    h, moved = last_hidden(before.model, inputs), last_hidden(after.model, inputs)
+    sqnr = 10 * (h.square().sum() / (moved - h).square().sum()).log10().item()
+    assert f"begins at {sqnr:.1f} dB" in out
+
+
+def test_a_run_remembers_where_it_came_from_and_resumes(runs, tmp_path):
+    flags = ["--from", runs / "bert", "--attention", "gated", "--batch-size", 8, "--device", "cpu",
+             "--precision", "fp32", "--eval-every", 2, "--eval-batches", 2, "--warmup", 1]
+    run("train_bert.py", *flags, "--steps", 4, "--out", tmp_path / "whole")
+    assert saved(tmp_path / "whole")["args"]["from"] == str(runs / "bert")
+    run("train_bert.py", *flags, "--steps", 4, "--save-every", 2, "--out", tmp_path / "cut")
+    half = saved(tmp_path / "cut")
+    out, _ = run("train_bert.py", "--resume", "--out", tmp_path / "cut")
+    assert "begins" not in out and half["step"] == 4
+
+
+@pytest.mark.parametrize("flags, wanted", [
+    ("--width 64", "--width 64: the run to go on --from has 32"),
+    ("--data backcopy", "vocab_size 68; the run to go on --from has 260"),
+    ("--from nowhere", "no run here"),
+    ("--from {opt}", "a run of opt, expected one of bert"),
+])
+def test_what_does_not_fit_is_one_line(runs, tmp_path, flags, wanted):
+    words = flags.format(opt=runs / "opt").split()
+    _, err = run("train_bert.py", "--from", runs / "bert", *words, "--steps", 1, "--out",
+                 tmp_path / "r", code=2)
+    assert wanted in err and err.count("\n") == 1 and not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+def test_changed_data_is_refused(tmp_path, corpus):
+    text = tmp_path / "text.txt"
+    text.write_text(Path(corpus).read_text())
+    train(text, tmp_path / "r")
+    text.write_text(text.read_text().upper())
+    _, err = run("train_bert.py", "--from", tmp_path / "r", "--out", tmp_path / "n", code=2)
+    assert "has changed since" in err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["bert", "opt"])
+def test_training_in_few_bits_repairs(runs, tmp_path, family):
+    """At step 0 it is what quantize_model makes; then it gets better."""
+    run("lab.repair", runs / family, "--steps", 60, "--bits", 4, "--lr", 1e-3, "--eval-every", 60,
+        "--json", tmp_path / "r.json", "--batches", 4, "--eval-batches", 2)
+    first, last = json.loads((tmp_path / "r.json").read_text())[0]["curve"]
+    opened = open_run(runs / family, DEVICE)
+    model = quantize_model(opened.model, 4, 4, "mse")
+    opened.calibrate(model, 0, 4)
+    assert first["metric"] == pytest.approx(opened.score(model, 2), rel=1e-3)
+    assert last["metric"] < 0.97 * first["metric"]
