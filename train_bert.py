@@ -58,8 +58,7 @@ def main(argv=None):
 
     # ---- model ----
     torch.manual_seed(args.seed)
-    config = BertConfig.of(args, vocab_size=text.vocab_size)
-    model = Bert(config).to(device)
+    model = Bert(BertConfig.of(args, vocab_size=text.vocab_size)).to(device)
     lab.repair.begin(args, model)  # --from: another run's weights
 
     # ---- optimizer ----

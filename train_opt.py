@@ -60,8 +60,7 @@ def main(argv=None):
 
     # ---- model ----
     torch.manual_seed(args.seed)
-    config = OptConfig.of(args, vocab_size=text.vocab_size)
-    model = Opt(config).to(device)
+    model = Opt(OptConfig.of(args, vocab_size=text.vocab_size)).to(device)
     lab.repair.begin(args, model)  # --from: another run's weights
 
     # ---- optimizer ----

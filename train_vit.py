@@ -74,8 +74,7 @@ def main(argv=None):
 
     # ---- model ----
     torch.manual_seed(args.seed)
-    config = ViTConfig.of(args, image_size=data.image_size, classes=data.classes)
-    model = ViT(config).to(device)
+    model = ViT(ViTConfig.of(args, image_size=data.image_size, classes=data.classes)).to(device)
     lab.repair.begin(args, model)  # --from: another run's weights
 
     # ---- optimizer ----
@@ -108,8 +107,7 @@ def main(argv=None):
             scaler.scale(loss).backward()
             run.step_loss += loss.detach()
         scaler.unscale_(optimizer)
-        if args.clip:
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip or torch.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()

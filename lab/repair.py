@@ -20,7 +20,6 @@ it was: the squared error of each layer's output over its signal, summed over la
 """
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -33,24 +32,17 @@ from lab.damage import last_hidden, last_states, scores, sqnr_and_cosine
 from minq import flags
 from minq.attention import ATTENTIONS
 from minq.flags import UserError, config_flags, option
-from minq.model import FAMILIES
 from minq.outliers import listening
 from minq.quant import (ActivationQuantizer, affine_parameters, fake_quantize, grid,
                         quantize_model)
-from minq.runs import load_checkpoint, open_run
-from minq.training import linear_schedule, pick_device, set_lr, to_device
+from minq.runs import open_run
+from minq.training import linear_schedule, pick_device, to_device
 
-OF_DATA = ("data", "vocab_size", "special_ids")  # what --from takes over from a run's settings
-FREE = ("attention", "dropout", "init_std", "fused")  # of the Config: no weights depend on them
+OF_DATA = {"data", "vocab_size", "special_ids", "documents", "image_size"}
+FREE = {"attention", "dropout", "init_std", "fused"}  # of the Config: no weights depend on them
 
 
 # ---- --from, in the training scripts ----
-
-def own_data(folder, checkpoint):
-    """The name of a run's data; a file of its folder with its path."""
-    source = checkpoint["args"]["data"]
-    return str(Path(folder, source).resolve()) if Path(folder, source).exists() else source
-
 
 def take_sizes(args, typed, family):
     """--from: the settings in `args` that weights depend on become those of the run there; so does
@@ -58,17 +50,14 @@ def take_sizes(args, typed, family):
     folder = getattr(args, "from")
     if not folder or args.resume:
         return
-    checkpoint = load_checkpoint(folder, family)
-    sizes = [f.name for f in config_flags(FAMILIES[family].config_class)
-             if not f.metadata["needs"] and f.name not in FREE]
-    saved = {name: x for name, x in checkpoint["config"].items() if name in (*sizes, "image_size")}
-    if "data" not in typed:
-        saved |= {name: checkpoint["args"].get(name) for name in OF_DATA}
-        saved["data"] = own_data(folder, checkpoint)
-    for name, value in saved.items():
-        if typed.get(name, value) != value:
-            raise UserError(f"{option(name)} {typed[name]}: the run to go on --from has {value}")
-        setattr(args, name, value)
+    run = open_run(folder, torch.device("cpu"), typed.get("data"), family)
+    sizes = {f.name for f in config_flags(run.model.config_class) if not f.metadata["needs"]}
+    saved = run.checkpoint["args"] | vars(run.model.config)
+    saved |= {"vocab_size": run.checkpoint["args"].get("vocab_size")}  # typed for a .bin only
+    for name in (sizes | OF_DATA) - FREE & saved.keys():
+        if typed.get(name, saved[name]) != saved[name]:
+            raise UserError(f"{option(name)} {typed[name]}: the run --from has {saved[name]}")
+        setattr(args, name, saved[name])
 
 
 @torch.no_grad()
@@ -79,11 +68,10 @@ def begin(args, model):
     if not folder or args.resume:
         return
     device = next(model.parameters()).device
-    own = own_data(folder, load_checkpoint(folder)) == args.data  # which must not have changed
-    run = open_run(folder, device, None if own else args.data)
+    run = open_run(folder, device, args.data)
     for size in run.data.sizes:
         if (has := getattr(model.config, size)) != (needed := getattr(run.model.config, size)):
-            raise UserError(f"--data {args.data}: {size} {has}; the run to go on --from has {needed}")
+            raise UserError(f"--data {args.data}: {size} {has}; the run --from has {needed}")
     model.load_state_dict(run.model.state_dict(), strict=False)
     if model.config.attention != run.model.config.attention:
         for block in model.layers:
@@ -110,42 +98,38 @@ def start_plain(attention):
 
 # ---- python -m lab.repair ----
 
-class LearnedQuantizer(ActivationQuantizer):
-    """An ActivationQuantizer whose scale is a parameter, once `learn` has been called."""
+class LearnedQuantizer(nn.Module):
+    """A calibrated ActivationQuantizer whose scale is learned from now on, and starts at a range
+    within +-limit."""
 
-    def __init__(self, n_bits, estimator):
-        super().__init__(n_bits, estimator)
-        self.log_scale = None
+    def __init__(self, tap, limit=torch.inf):
+        super().__init__()
+        low, high = tap.range.low.clamp(min=-limit), tap.range.high.clamp(max=limit)
+        scale, self.zero_point = affine_parameters(low, high, tap.n_bits)
+        self.log_scale, self.grid = nn.Parameter(scale.log()), grid(tap.n_bits, False)
 
-    def learn(self, limit):
-        """From now on the scale is learned. It starts at a range within +-limit."""
-        low, high = self.range.low.clamp(min=-limit), self.range.high.clamp(max=limit)
-        scale, self.zero_point = affine_parameters(low, high, self.n_bits)
-        self.log_scale = nn.Parameter(scale.log())  # its exponential stays above 0
-
-    def on_grid(self, x):
-        if self.log_scale is None:
-            return super().on_grid(x)
-        scale = self.log_scale.exp()
+    def forward(self, x):
+        scale = self.log_scale.exp()  # stays above 0
         y = x / scale + self.zero_point
         y = y + (y.round() - y).detach()
-        self.out = (y.clamp(*grid(self.n_bits, False)) - self.zero_point) * scale
+        self.out = (y.clamp(*self.grid) - self.zero_point) * scale
         return self.out
 
 
 def student_of(run, args):
-    """(quantized copy of the run's model, the weights in floating point behind its own)."""
+    """(quantized copy of the run's model, {name: the weights behind its own, unrounded})."""
     config = replace(run.model.config, attention=args.attention or run.model.config.attention)
     model = type(run.model)(config).to(run.device).eval()
     model.load_state_dict(run.model.state_dict(), strict=False)
     for block in model.layers if config != run.model.config else ():
         start_plain(block.attention)
-    student = quantize_model(model, args.bits, args.bits, "mse", quantizer=LearnedQuantizer)
+    student = quantize_model(model, args.bits, args.bits, "mse")
     run.calibrate(student, 0, args.batches)
     sigma = {name: x["sigma"] for name, x in gains(run).items()} if args.clamp else {}
-    for name, tap in student.named_modules():
-        if isinstance(tap, LearnedQuantizer):
-            tap.learn(args.clamp * sigma[name] if args.clamp else torch.inf)
+    for name, tap in list(student.named_modules()):
+        if isinstance(tap, ActivationQuantizer):
+            limit = args.clamp * sigma[name] if args.clamp else torch.inf
+            student.set_submodule(name, LearnedQuantizer(tap, limit))
     return student, {name: nn.Parameter(model.get_submodule(name).weight.detach().clone())
                      for name, module in student.named_modules() if hasattr(module, "weight_grid")}
 
@@ -169,14 +153,14 @@ def train(run, student, floats, args):
     on_grid = {name: student.get_submodule(name) for name in floats}
     replaced = {id(module.weight) for module in on_grid.values()} | set(map(id, scales))
     weights = [*floats.values(), *(p for p in student.parameters() if id(p) not in replaced)]
-    weights_only, scales_only = (torch.optim.AdamW(parameters, betas=(0.9, 0.99), weight_decay=0.0)
-                                 for parameters in (weights, scales))
+    groups = [{"params": weights, "rate": args.lr}, {"params": scales, "rate": 10 * args.lr}]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
     for step in (progress := tqdm(range(args.steps + 1), unit="step")):
         for name, module in on_grid.items():
             w = floats[name].detach()
             groups = w.view(len(module.weight_grid[0]), -1)
             module.weight.data = fake_quantize(groups, *module.weight_grid).view_as(w)
-        if step % args.eval_every == 0 or step == args.steps:
+        if step % 50 == 0 or step == args.steps:
             found.append({"step": step} | scores(run, student, states, args.eval_batches))
             progress.write("step {step}: {metric:.4g}, SQNR {sqnr:.1f} dB".format(**found[-1]))
         arrays = run.data.train_batch(args.seed, step, run.checkpoint["args"]["batch_size"])
@@ -185,10 +169,10 @@ def train(run, student, floats, args):
         for name, module in on_grid.items():
             floats[name].grad, module.weight.grad = module.weight.grad, None
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        for optimizer, rate in (weights_only, args.lr), (scales_only, 10 * args.lr):
-            set_lr(optimizer, rate * linear_schedule(step, 20, args.steps + 1))
-            optimizer.step()
-            optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = group["rate"] * linear_schedule(step, 20, args.steps + 1)
+        optimizer.step()
+        optimizer.zero_grad()
     return found
 
 
@@ -202,7 +186,6 @@ def main(argv=None):
     add("--bits", type=flags.bits, default=8, help="of weights and activations")
     add("--steps", type=flags.positive, default=500, help="optimizer steps")
     add("--lr", type=flags.above_0, default=3e-4, help="peak rate; of the scales' logarithms 10 x")
-    add("--eval-every", type=flags.positive, default=50, help="steps between evaluations")
     add("--seed", type=flags.number(int, low=0), default=0, help="of the batches")
     args = parser.parse_args(argv)
     found = []

@@ -301,6 +301,7 @@ def open_run(folder, device, data_source=None, family=None):
     source = data_source or checkpoint["args"]["data"]
     if not data_source and Path(folder, source).exists():
         source = str(Path(folder, source))
+    checkpoint["args"]["data"] = source
     data = open_data(checkpoint, source)
     if not data_source:
         require_same_data(source, data, checkpoint)
