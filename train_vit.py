@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.cures, lab.integer_training, lab.muon, lab.repair  # names for --attention and others
+import lab.cures, lab.integer_training, lab.muon, lab.repair  # names of flags
 from minq import flags
 from minq.augment import PIECES, Draws, augment
 from minq.fake_quant import LINEARS, fake_quantize_training

@@ -36,16 +36,15 @@ Four steps for a blackboard; no number in them is fitted.
 It is a prediction to first order: good while less than about a third is lost. It misses what is no
 rounding noise: values that fall on the grid (zeros), and ranges that clip.
 """
-import json
 import math
-from pathlib import Path
+import re
 
 import torch
 import torch.nn.functional as F
 
 import lab.cures  # noqa: F401, runs with such an attention open
 from lab.damage import last_states, scores
-from lab.tables import markdown, pictures_with
+from lab.tables import markdown, save_pictures, write_json
 from minq import flags
 from minq.quant import ActivationQuantizer, percentile_of, quantize_model
 from minq.runs import open_run
@@ -119,26 +118,26 @@ def gains(run, batches=16, eval_batches=4):
     return found
 
 
-HOWS = ("clamped at 4 sigma", "a range per token", "in 16 bits")
+CHANGES = ("clamped at 4 sigma", "a range per token", "in 16 bits")
 
 
-def noise(tensor, target, bits, how=None):
-    """What rounding a tensor adds to noise / signal ("states"), or to the nats that are lost."""
+def noise(tensor, target, bits, change=None):
+    """What rounding a tensor adds to noise / signal ("states"), or to the nats that are lost;
+    change: one of CHANGES in how it is quantized."""
     span, gain = tensor["range"], tensor["gain"][target]
-    if how == HOWS[0]:
+    if change == CHANGES[0]:
         span = span.clamp(max=8 * tensor["sigma"])
-    if how == HOWS[1] and torch.is_tensor(tensor["token_gain"][target]):  # a weight has none
+    if change == CHANGES[1] and torch.is_tensor(tensor["token_gain"][target]):  # a weight has none
         span, gain = 1.0, tensor["token_gain"][target]
-    if how == HOWS[2]:
+    if change == CHANGES[2]:
         bits = 16
     return float(torch.as_tensor(gain * (span / (2 ** bits - 1)) ** 2).sum()) / 12
 
 
-def predict(tensors, bits, changed=(), how=None):
-    """{predicted_sqnr in dB, predicted_loss in percent of perplexity} with every tensor in `bits`,
-    but those named in `changed` as `how`, one of HOWS, says. A loss of accuracy is not predicted.
-    """
-    total = lambda target: sum(noise(x, target, bits, how if name in changed else None)
+def predict(tensors, bits, changed=(), change=None):
+    """{predicted_sqnr in dB, predicted_loss in percent of perplexity}, every tensor in `bits`;
+    those named in `changed` with a `change`. A loss of accuracy is not predicted."""
+    total = lambda target: sum(noise(x, target, bits, change if name in changed else None)
                                for name, x in tensors.items())
     known = all("nats" in x["gain"] for x in tensors.values())
     return {"predicted_sqnr": -10 * math.log10(2 - 2 / math.sqrt(1 + total("states"))),
@@ -151,8 +150,6 @@ def bits_needed(tensors):
     return math.log2(1 + 255 * math.sqrt(nats / math.log(1.2)))
 
 
-# ---- beside what happens ----
-
 def measure(run, bits, batches, eval_batches):
     """{metric, measured_sqnr, loss_percent} of the quantized model; of accuracy, points."""
     states = list(last_states(run, run.model, eval_batches))
@@ -164,24 +161,20 @@ def measure(run, bits, batches, eval_batches):
     return {"metric": metric, "measured_sqnr": sqnr, "loss_percent": loss}
 
 
-def budget(run, args):
-    """A row for each of args.bits, and the tensors: see `gains`."""
-    tensors, rows = gains(run, args.batches), []
-    for bits in args.bits:
-        taps = []
-        for name, x in tensors.items():
-            parts = name.split(".")
-            taps.append({"tap": ".".join(parts[-1 - (parts[-1] == "weight"):]).removesuffix("_tap"),
-                         "layer": int(parts[1]) + 1 if parts[0] == "layers" else None,
-                         "range": float(torch.as_tensor(x["range"]).max()), "sigma": x["sigma"],
-                         "noise": noise(x, "states", bits)})
-        measured = measure(run, bits, args.batches, args.eval_batches) if args.measure else {}
-        rows.append({"run": run.name, "bits": bits, **predict(tensors, bits), **measured,
-                     "taps": taps})
-    return rows, tensors
+def of_taps(tensors, bits):
+    """[{tap, layer, range, sigma, noise}], what --json has of every tensor, weights too."""
+    rows = []
+    for name, x in tensors.items():
+        layer, tap = re.fullmatch(r"(?:layers\.(\d+)\.)?(?:.*\.)?(\w+\.weight|\w+)", name).groups()
+        rows.append({"tap": tap.removesuffix("_tap"), "layer": layer and int(layer) + 1,
+                     "range": float(torch.as_tensor(x["range"]).max()), "sigma": x["sigma"],
+                     "noise": noise(x, "states", bits)})
+    return rows
 
 
-def print_tables(rows, tensors, shown):
+# ---- in words ----
+
+def print_tables(rows, tensors):
     """What is predicted, and what was measured; the tensors that cost most, and what would help."""
     columns = {"SQNR dB, predicted": "predicted_sqnr", "SQNR dB, measured": "measured_sqnr",
                "loss %, predicted": "predicted_loss", "loss %, measured": "loss_percent"}
@@ -190,18 +183,17 @@ def print_tables(rows, tensors, shown):
         for row in rows]))
     bits, taps = rows[0]["bits"], dict(zip(tensors, rows[0]["taps"]))
     total = sum(x["noise"] for x in taps.values())
-    worst = sorted(taps, key=lambda name: -taps[name]["noise"])[:shown]
-    if_changed = lambda names: {how: f"{predict(tensors, bits, names, how)['predicted_sqnr']:.1f}"
-                                for how in HOWS}
-    lines = [{"tensor": x["tap"], "layer": str(x["layer"] or ""), "range": f"{x['range']:.3g}",
-              "range / sigma": f"{x['range'] / x['sigma']:.3g}",
-              "of the noise": f"{x['noise'] / total:.0%}"} | if_changed([name])
+    worst = sorted(taps, key=lambda name: -taps[name]["noise"])[:3]
+    lines = [{"tensor": f"{x['tap']}, layer {x['layer']}".removesuffix(", layer None"),
+              "range / sigma": f"{x['range'] / x['sigma']:.3g}", "names": [name], "noise": x["noise"]}
              for name, x in taps.items() if name in worst]
-    lines.append(dict.fromkeys(lines[0], "") | {
-        "tensor": "all of these", "of the noise": f"{sum(taps[n]['noise'] for n in worst) / total:.0%}"}
-        | if_changed(worst))
-    print(f"\nwhat costs most at {bits} bits, and the predicted SQNR if it were ...\n\n"
-          + markdown(lines, words=2))
+    lines.append({"tensor": "all of these", "range / sigma": "", "names": worst,
+                  "noise": sum(taps[name]["noise"] for name in worst)})
+    print(f"\nwhat costs most at {bits} bits, and the predicted SQNR if it were ...\n\n" + markdown([
+        {"tensor": x["tensor"], "range / sigma": x["range / sigma"],
+         "of the noise": f"{x['noise'] / total:.0%}"} | {
+            change: f"{predict(tensors, bits, x['names'], change)['predicted_sqnr']:.1f}"
+            for change in CHANGES} for x in lines]))
     if rows[0]["predicted_loss"] is not None:
         print(f"\na fifth is lost at {bits_needed(tensors):.2f} bits, as predicted")
 
@@ -213,22 +205,22 @@ def main(argv=None):
     add = parser.add_argument
     add("--bits", type=flags.bits, nargs="+", default=[8], help="of weights and activations")
     add("--measure", action="store_true", help="quantize and measure, too")
-    add("--tensors", type=flags.positive, default=3, help="that are shown; --json has all")
     add("--out", type=flags.place, metavar="FOLDER", help="draw what --measure has found there")
     args = parser.parse_args(argv)
     if args.out and not args.measure:
         raise flags.UserError("--out draws predictions beside what happens; it needs --measure")
     device, found = pick_device(args.device), []
     for run in [open_run(name, device, args.data) for name in args.runs]:
-        rows, tensors = budget(run, args)
+        tensors, rows = gains(run, args.batches), []
+        for bits in args.bits:
+            measured = measure(run, bits, args.batches, args.eval_batches) if args.measure else {}
+            rows.append({"run": run.name, "bits": bits, **predict(tensors, bits), **measured,
+                         "taps": of_taps(tensors, bits)})
+        print_tables(rows, tensors)
         found += rows
-        print_tables(rows, tensors, args.tensors)
-    if args.json:
-        flags.write_atomically(args.json, json.dumps(found, indent=1) + "\n")
-    if args.out and (figures := pictures_with()):
-        with flags.writing(f"--out {args.out}"):
-            Path(args.out).mkdir(parents=True, exist_ok=True)
-            figures.budget(found).savefig(Path(args.out, "budget.png"))
+    write_json(args.json, found)
+    if args.out:
+        save_pictures(args.out, {"budget": ("budget", found)})
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ learned, too (LSQ, arXiv 1902.08153): with y = x / s + z
 A model that predicts is trained on its own task. An encoder without a head is trained towards what
 it was: the squared error of each layer's output over its signal, summed over layers.
 """
-import json
 from dataclasses import replace
 
 import torch
@@ -28,7 +27,8 @@ from tqdm import tqdm
 
 import lab.cures  # noqa: F401, runs with such an attention open
 from lab.budget import gains
-from lab.damage import last_hidden, last_states, scores, sqnr_and_cosine
+from lab.damage import last_hidden, last_states, scores, signal_to_noise
+from lab.tables import write_json
 from minq import flags
 from minq.attention import ATTENTIONS
 from minq.flags import UserError, config_flags, option
@@ -79,8 +79,8 @@ def begin(args, model):
     inputs = to_device(next(run.validation(1))[0], device)
     moved = [(last_hidden(model.eval(), inputs), last_hidden(run.model, inputs))]
     model.train()
-    print(f"from {folder}: begins at {sqnr_and_cosine(moved)['sqnr']:.1f} dB (SQNR of the last "
-          "hidden states beside its own)")
+    print(f"from {folder}: begins at {signal_to_noise(moved):.1f} dB (SQNR of the last hidden "
+          "states beside its own)")
 
 
 def start_plain(attention):
@@ -192,8 +192,7 @@ def main(argv=None):
     for run in [open_run(name, pick_device(args.device), args.data) for name in args.runs]:
         found.append({"run": run.name, "attention": args.attention, "clamp": args.clamp,
                       "curve": train(run, *student_of(run, args), args)})
-        if args.json:
-            flags.write_atomically(args.json, json.dumps(found, indent=1) + "\n")
+        write_json(args.json, found)
 
 
 if __name__ == "__main__":

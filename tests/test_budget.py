@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lab import budget
-from lab.damage import last_hidden, sqnr_and_cosine
+from lab.damage import last_hidden, signal_to_noise
 from minq.quant import quantize_model
 from minq.runs import open_run
 from running import ROOT, run, small
@@ -51,7 +51,7 @@ def test_gains_are_what_noise_does(known, kind, tap):
         p, q = (model(*inputs).double().log_softmax(-1) for model in (opened.model, noisy))
         nats += (p.exp() * (p - q)).sum().item()
         predictions += p[..., 0].numel()
-    assert sqnr_and_cosine(pairs)["sqnr"] == pytest.approx(30, abs=0.4)
+    assert signal_to_noise(pairs) == pytest.approx(30, abs=0.4)
     assert nats / predictions == pytest.approx(1e-3 * gain["nats"] / gain["states"], rel=0.25)
 
 
@@ -71,7 +71,7 @@ def test_a_bit_is_worth_six_db_and_a_range_per_token_is_a_sum_over_tokens(known)
     span = {"range": torch.tensor(3.0), "sigma": 0.1, "gain": {"nats": torch.tensor(2.0)},
             "token_gain": {"nats": torch.tensor(5.0)}}  # sum of g^2 R_t^2 / sum of g^2 is 5 / 2
     step = 1 / 255 ** 2 / 12
-    values = [budget.noise(span, "nats", 8, how) / step for how in (None, *budget.HOWS)]
+    values = [budget.noise(span, "nats", 8, how) / step for how in (None, *budget.CHANGES)]
     assert values == pytest.approx([2 * 9, 2 * 0.64, 5, 2 * 9 * (255 / 65535) ** 2], rel=1e-5)
     total = sum(budget.noise(x, "nats", 8) for x in tensors.values())
     assert total * (255 / (2 ** bits - 1)) ** 2 == pytest.approx(math.log(1.2))
