@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.backcopy, lab.cures, lab.integer_training, lab.muon, lab.repair  # names of flags
+import lab.backcopy, lab.cures, lab.muon, lab.repair  # names of flags
 from minq import flags
 from minq.data import IGNORE, MaskedText, load_text
-from minq.fake_quant import LINEARS, fake_quantize_training
+from minq.fake_quant import fake_quantize_training
 from minq.model import Bert, BertConfig
 from minq.runs import Run, resume
 from minq.training import (OPTIMIZERS, autocast, compiled, linear_schedule, parameter_groups,
@@ -44,7 +44,7 @@ def main(argv=None):
     flags.add_config_flags(parser, BertConfig)
     flags.add_text_flags(parser)
     parser.add_argument("--mask-prob", type=flags.fraction, help="share of tokens to predict")
-    flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
+    flags.add_training_flags(parser, OPTIMIZERS)
     args, typed = flags.read_flags("bert", BertConfig, parser, PRESETS, argv)
     lab.repair.take_sizes(args, typed, "bert")  # --from: a run's
     checkpoint = resume(args, typed, "bert") if args.resume else None
@@ -68,8 +68,7 @@ def main(argv=None):
 
     # ---- as it is called in training: in eight bits (the blog), compiled, on many devices ----
     if args.fake_quant:
-        fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity,
-                               args.fake_quant_linear)
+        fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity)
     trained = compiled(model) if args.compile else model
     trained = DistributedDataParallel(trained) if world > 1 else trained
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.backcopy, lab.cures, lab.integer_training, lab.muon, lab.repair  # names of flags
+import lab.backcopy, lab.cures, lab.muon, lab.repair  # names of flags
 from minq import flags
 from minq.data import CausalText, load_text
-from minq.fake_quant import LINEARS, fake_quantize_training
+from minq.fake_quant import fake_quantize_training
 from minq.model import Opt, OptConfig
 from minq.runs import Run, open_run, resume
 from minq.training import (OPTIMIZERS, autocast, compiled, linear_schedule, parameter_groups,
@@ -44,7 +44,7 @@ def main(argv=None):
     flags.add_text_flags(parser)
     parser.add_argument("--sample", type=flags.positive, metavar="N",
                         help="train nothing; print N tokens of text from the run in --out")
-    flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
+    flags.add_training_flags(parser, OPTIMIZERS)
     args, typed = flags.read_flags("opt", OptConfig, parser, PRESETS, argv)
     lab.repair.take_sizes(args, typed, "opt")  # --from: a run's
     checkpoint = resume(args, typed, "opt") if args.resume else None
@@ -70,8 +70,7 @@ def main(argv=None):
 
     # ---- as it is called in training: in eight bits (the blog), compiled, on many devices ----
     if args.fake_quant:
-        fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity,
-                               args.fake_quant_linear)
+        fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity)
     trained = compiled(model) if args.compile else model
     trained = DistributedDataParallel(trained) if world > 1 else trained
 

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.cures, lab.integer_training, lab.muon, lab.repair  # names of flags
+import lab.cures, lab.muon, lab.repair  # names of flags
 from minq import flags
 from minq.augment import PIECES, Draws, augment
-from minq.fake_quant import LINEARS, fake_quantize_training
+from minq.fake_quant import fake_quantize_training
 from minq.images import IMAGES, load_images
 from minq.model import ViT, ViTConfig
 from minq.runs import Run, resume
@@ -52,7 +52,7 @@ def main(argv=None):
     add("--epochs", type=flags.positive, help="passes over the images, instead of --steps")
     for name, (kind, most, help) in PIECES.items():
         add(flags.option(name), type=flags.number(kind, low=0, high=most), help=help)
-    flags.add_training_flags(parser, OPTIMIZERS, LINEARS)
+    flags.add_training_flags(parser, OPTIMIZERS)
     args, typed = flags.read_flags("vit", ViTConfig, parser, PRESETS, argv)
     lab.repair.take_sizes(args, typed, "vit")  # --from: a run's
     checkpoint = resume(args, typed, "vit") if args.resume else None
@@ -84,8 +84,7 @@ def main(argv=None):
 
     # ---- as it is called in training: in eight bits (the blog), compiled, on many devices ----
     if args.fake_quant:
-        fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity,
-                               args.fake_quant_linear)
+        fake_quantize_training(model, args.w_bits, args.a_bits, args.fake_quant_granularity)
     trained = compiled(model) if args.compile else model
     trained = DistributedDataParallel(trained) if world > 1 else trained
 

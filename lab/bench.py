@@ -109,16 +109,13 @@ def hugging_face(attention, model):
 def torchao(kind, model):
     """torchao's `kind` on all Linears of ours but the last; attention stays in floating point.
 
-    "QAT": fake quantizers, asymmetric per token, weights symmetric per channel. "int8 training":
-    real ones, symmetric, a scale per row; backward products, too. "int8": for inference.
+    "QAT": fake quantizers, asymmetric per token, weights symmetric per channel. "int8": for
+    inference.
     """
     from torchao import quantization
-    from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
     from torchao.quantization.qat import QATConfig
     int8, per_channel = quantization.Int8DynamicActivationIntxWeightConfig, quantization.PerAxis(0)
     config = {"int8": quantization.Int8DynamicActivationInt8WeightConfig(),
-              # without a swap of modules, torchao 0.18 computes floats
-              "int8 training": Int8MixedPrecisionTrainingConfig(module_swap=True),
               "QAT": QATConfig(int8(weight_granularity=per_channel), step="prepare")}[kind]
     inner = lambda module, name: isinstance(module, nn.Linear) and name != model.final_linear
     quantization.quantize_(model, config, inner)
@@ -134,9 +131,7 @@ PEERS = {"minq": {}, "minq, --fused": dict(fused=True),
          "Hugging Face, sdpa": dict(prepare=partial(hugging_face, "sdpa")),
          "Hugging Face, eager": dict(prepare=partial(hugging_face, "eager"))}
 EIGHT_BITS = {"floating point": {}, "minq": dict(prepare=fake_quantize_training),
-              "minq, int8": dict(prepare=partial(fake_quantize_training, linear="integer")),
-              "torchao's QAT": dict(prepare=partial(torchao, "QAT")),
-              "torchao's int8 training": dict(prepare=partial(torchao, "int8 training"))}
+              "torchao's QAT": dict(prepare=partial(torchao, "QAT"))}
 
 
 def training_steps(recipes, variants, device, settings):

@@ -165,7 +165,8 @@ def of_taps(tensors, bits):
     """[{tap, layer, range, sigma, noise}], what --json has of every tensor, weights too."""
     rows = []
     for name, x in tensors.items():
-        layer, tap = re.fullmatch(r"(?:layers\.(\d+)\.)?(?:.*\.)?(\w+\.weight|\w+)", name).groups()
+        pattern = r"(?:layers\.(\d+)\.)?(?:.*\.)?(\w+\.weight|\w+)"
+        layer, tap = re.fullmatch(pattern, name).groups()
         rows.append({"tap": tap.removesuffix("_tap"), "layer": layer and int(layer) + 1,
                      "range": float(torch.as_tensor(x["range"]).max()), "sigma": x["sigma"],
                      "noise": noise(x, "states", bits)})
@@ -183,17 +184,17 @@ def print_tables(rows, tensors):
         for row in rows]))
     bits, taps = rows[0]["bits"], dict(zip(tensors, rows[0]["taps"]))
     total = sum(x["noise"] for x in taps.values())
-    worst = sorted(taps, key=lambda name: -taps[name]["noise"])[:3]
-    lines = [{"tensor": f"{x['tap']}, layer {x['layer']}".removesuffix(", layer None"),
-              "range / sigma": f"{x['range'] / x['sigma']:.3g}", "names": [name], "noise": x["noise"]}
-             for name, x in taps.items() if name in worst]
-    lines.append({"tensor": "all of these", "range / sigma": "", "names": worst,
-                  "noise": sum(taps[name]["noise"] for name in worst)})
-    print(f"\nwhat costs most at {bits} bits, and the predicted SQNR if it were ...\n\n" + markdown([
-        {"tensor": x["tensor"], "range / sigma": x["range / sigma"],
-         "of the noise": f"{x['noise'] / total:.0%}"} | {
-            change: f"{predict(tensors, bits, x['names'], change)['predicted_sqnr']:.1f}"
-            for change in CHANGES} for x in lines]))
+    worst, lines = sorted(taps, key=lambda name: -taps[name]["noise"])[:3], []
+    for names in (*([name] for name in worst), worst):
+        x, layer = taps[names[0]], "{tap}, layer {layer}".format(**taps[names[0]])
+        lines.append({
+            "tensor": "all three" if len(names) > 1 else layer.removesuffix(", layer None"),
+            "range / sigma": "" if len(names) > 1 else f"{x['range'] / x['sigma']:.3g}",
+            "of the noise": f"{sum(taps[name]['noise'] for name in names) / total:.0%}",
+            **{change: f"{predict(tensors, bits, names, change)['predicted_sqnr']:.1f}"
+               for change in CHANGES}})
+    print(f"\nwhat costs most at {bits} bits, and the predicted SQNR if it were ...\n")
+    print(markdown(lines))
     if rows[0]["predicted_loss"] is not None:
         print(f"\na fifth is lost at {bits_needed(tensors):.2f} bits, as predicted")
 

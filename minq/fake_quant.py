@@ -30,7 +30,7 @@ can be taken out in front; what is left to add up are integers. So the Linears c
 could queries keys^T, whose scales belong to tokens on either side. But probs values sums over the
 tokens that the values belong to: each term has another scale, and none can be taken out. Per
 token, that product is a simulation which no integer kernel can follow; with
-`--fake-quant-granularity tensor` it could. (lab/integer_training.py runs the Linears so.)
+`--fake-quant-granularity tensor` it could.
 """
 from contextlib import contextmanager
 
@@ -96,21 +96,18 @@ class FakeQuantLinear(nn.Module):
         return F.linear(self.input_quantizer(x), weight.view_as(self.weight), self.bias)
 
 
-LINEARS = {"simulated": FakeQuantLinear}  # lab/integer_training.py has another
-
-
-def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token", linear="simulated"):
+def fake_quantize_training(model, w_bits=8, a_bits=8, granularity="token"):
     """Quantize the operands of all matrix products of `model` in place, ready to be trained.
 
-    linear: what stands in for an nn.Linear, a key of LINEARS. Parameters stay the same objects
-    under the same names: its state_dict fits the float model. Returns `model`.
+    Parameters stay the same objects under the same names: its state_dict fits the float model.
+    Returns `model`.
     """
     if model.config.fused:
         raise UserError("--fused has no operands to quantize; leave it out with --fake-quant")
     for name, module in list(model.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, nn.Linear) and name != model.final_linear:
-            quantized = LINEARS[linear](module, w_bits, a_bits, granularity)
+            quantized = FakeQuantLinear(module, w_bits, a_bits, granularity)
             setattr(model.get_submodule(parent), child, quantized)
         if isinstance(module, SelfAttention):
             for tap in ("queries_tap", "keys_tap", "values_tap", "probs_tap"):

@@ -166,7 +166,7 @@ def special_ids(text):
     return ids
 
 
-def add_training_flags(parser, optimizers, linears):
+def add_training_flags(parser, optimizers):
     add = parser.add_argument_group("training").add_argument
     add("--steps", type=positive, help="optimizer steps")
     add("--batch-size", type=positive, help="sequences per micro-batch, over all processes")
@@ -185,8 +185,6 @@ def add_training_flags(parser, optimizers, linears):
     add("--a-bits", type=bits, default=8, help="bits of activations, 2 to 16")
     add("--fake-quant-granularity", choices=("token", "tensor"), default="token",
         help="activations that share a scale: a token's, or the tensor's")
-    add("--fake-quant-linear", choices=linears, default="simulated",
-        help="integer: the Linears multiply in int8 (lab/integer_training.py)")
 
     add = parser.add_argument_group("run").add_argument
     add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
@@ -238,7 +236,7 @@ def check(config_class, args, typed):
         raise UserError(f"--alpha {args.alpha:g} and --gamma {args.gamma:g}: both set gamma")
     args.gamma = None if "alpha" in typed else args.gamma
     args.alpha = None if "gamma" in typed else args.alpha
-    of_training = {"w_bits", "a_bits", "fake_quant_granularity", "fake_quant_linear"}
+    of_training = {"w_bits", "a_bits", "fake_quant_granularity"}
     if not args.fake_quant and (names := sorted(of_training & typed.keys())):
         raise UserError(f"{option(names[0])} needs --fake-quant; after training see quantize.py")
 

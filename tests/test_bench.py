@@ -59,7 +59,7 @@ def test_hugging_faces_model_is_ours(family, attention, tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["QAT", "int8 training", "int8"])
+@pytest.mark.parametrize("kind", ["QAT", "int8"])
 @torch.no_grad()
 def test_torchao_quantizes_all_linears_but_the_last(kind, tiny):
     pytest.importorskip("torchao")

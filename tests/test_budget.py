@@ -1,4 +1,4 @@
-"""The noise budget: its gains beside noise that is really added, its sum beside real quantization."""
+"""The noise budget: its gains beside noise that is added, its sum beside quantization."""
 import json
 import math
 
@@ -83,7 +83,7 @@ def test_the_command_on_every_family(corpus, cifar, tmp_path, family):
     out, _ = run("lab.budget", tmp_path / "r", "--bits", 8, 6, "--batches", 2, "--measure",
                  "--json", tmp_path / "b.json")
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert [row["bits"] for row in rows] == [8, 6] and "all of these" in out
+    assert [row["bits"] for row in rows] == [8, 6] and "all three" in out
     for row in rows:
         assert row["predicted_sqnr"] == pytest.approx(row["measured_sqnr"], abs=3)
         assert (row["predicted_loss"] is None) == (family == "vit")

@@ -7,17 +7,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from lab import integer, integer_training
+from lab import integer
 from lab.integer import SHIFT, IntegerLinear, int_mm, to_integer
-from lab.integer_training import IntegerTrainingLinear
 from lab.remedies import PerToken
 from minq import quant, training
 from minq.attention import ATTENTIONS, QKV, Tap
-from minq.fake_quant import FakeQuantLinear, fake_quantization_off
 from minq.flags import UserError
 from minq.model import FAMILIES
 from minq.quant import calibrating, fake_quantize, quantize_model
-from running import logged, run, same, small, start, train
+from running import run, same, small, start
 
 
 def inputs(family, n=4):
@@ -229,50 +227,3 @@ def test_the_script(family, corpus, cifar, tmp_path):
     assert row["integer"] == pytest.approx(row["simulated"], rel=1e-3) and row["bits"] == [8, 8]
     assert row["bytes"] < 0.45 * row["bytes_fp32"]  # embeddings and head stay in fp32
     assert f"| {row['integer']:.4g} | {row['bytes'] / 1e6:.3g} (" in out and "x |" in out
-
-
-# ---- training ----
-
-@pytest.mark.parametrize("granularity", ["token", "tensor"])
-@pytest.mark.parametrize("build", [lambda: nn.Linear(48, 24), lambda: QKV(48, 72),
-                                   lambda: nn.Linear(48, 8, bias=False)])
-@pytest.mark.parametrize("bits", [(8, 8), (4, 6)])
-def test_a_training_linear_on_integers_equals_the_simulated_one(granularity, build, bits):
-    torch.manual_seed(0)
-    linear, x0 = build(), torch.randn(3, 7, 48) + 0.4
-    upstream, results = torch.randn(3, 7, linear.out_features), []
-    for kind in (FakeQuantLinear, IntegerTrainingLinear):
-        x = x0.clone().requires_grad_()
-        linear.zero_grad()
-        y = kind(linear, *bits, granularity)(x)
-        y.backward(upstream)
-        results.append((y.detach(), x.grad, *(p.grad.clone() for p in linear.parameters())))
-    for found, expected in zip(*results):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_its_products_are_integers_and_it_keeps_integers(monkeypatch):
-    kept, seen = [], []
-    monkeypatch.setattr(integer_training, "int_mm",
-                        lambda a, b: seen.append((a.dtype, b.dtype)) or int_mm(a, b))
-    layer = IntegerTrainingLinear(nn.Linear(16, 24), 8, 8, "token")
-    x = torch.randn(10, 16, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        layer(x * 1)
-    assert seen == [(torch.int8, torch.int8)]
-    assert {tuple(t.shape) for t in kept if t.dtype == torch.int8} == {(10, 16), (24, 16)}
-    assert all(t.numel() <= 24 for t in kept if t.dtype != torch.int8)
-    with fake_quantization_off(layer):
-        assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
-    with pytest.raises(UserError, match="at most 8 bits, not --w-bits 8 --a-bits 9"):
-        IntegerTrainingLinear(nn.Linear(16, 24), 8, 9, "token")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("precision, tolerance", [("fp32", 1e-3), ("bf16", 2e-2)])
-def test_losses_follow_the_simulation(precision, tolerance, corpus, tmp_path):
-    for linear in ("integer", "simulated"):
-        train(corpus, tmp_path / linear, "--fake-quant", "--fake-quant-linear", linear,
-              "--steps", 20, "--eval-every", 2, "--precision", precision)
-    a, b = ([line["loss"] for line in logged(tmp_path / x)] for x in ("integer", "simulated"))
-    assert a == pytest.approx(b, rel=tolerance) and a != b
