@@ -53,7 +53,7 @@ def main(argv=None):
     args.precision = pick_precision(args.precision, device)
 
     # ---- data ----
-    text = load_text(args.data, args.vocab_size, args.special_ids)
+    text = load_text(args.data, args.vocab_size, args.special_ids, args.documents)
     data = MaskedText(text, args.seq_len, args.mask_prob)
 
     # ---- model ----
@@ -77,7 +77,7 @@ def main(argv=None):
     for step in run.steps():
         set_lr(optimizer, args.lr * linear_schedule(step, args.warmup, args.steps))
         tokens, labels = data.train_batch(args.seed, step, args.batch_size * args.accumulate)
-        predictions = (labels != IGNORE).sum()  # micro-batches add up to the global batch's mean
+        predictions = max(1, (labels != IGNORE).sum())  # of all micro-batches: their losses' mean
         for batch in run.micro_batches(tokens, labels):
             inputs, targets = to_device(data.to_model(*batch), device)
             with autocast(device, args.precision):

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import lab.backcopy, lab.cures, lab.muon, lab.repair  # names of flags
 from minq import flags
-from minq.data import CausalText, load_text
+from minq.data import IGNORE, CausalText, load_text
 from minq.fake_quant import fake_quantize_training
 from minq.model import Opt, OptConfig
 from minq.runs import Run, open_run, resume
@@ -55,7 +55,7 @@ def main(argv=None):
         return print(sample(args.out, args.sample, args.seed, device))
 
     # ---- data ----
-    text = load_text(args.data, args.vocab_size, args.special_ids)
+    text = load_text(args.data, args.vocab_size, args.special_ids, args.documents)
     data = CausalText(text, args.seq_len)
 
     # ---- model ----
@@ -79,7 +79,7 @@ def main(argv=None):
     for step in run.steps():
         set_lr(optimizer, args.lr * linear_schedule(step, args.warmup, args.steps))
         tokens, labels = data.train_batch(args.seed, step, args.batch_size * args.accumulate)
-        predictions = labels.size  # micro-batches add up to the global batch's mean
+        predictions = max(1, (labels != IGNORE).sum())  # of all micro-batches: their losses' mean
         for batch in run.micro_batches(tokens, labels):
             inputs, targets = to_device(data.to_model(*batch), device)
             with autocast(device, args.precision):

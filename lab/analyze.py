@@ -16,6 +16,8 @@ sink value: its norm / mean norm; zeros, ones: fraction of the probabilities, ma
 score range: largest - smallest softmax input of a query
 """
 import json
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -54,9 +56,11 @@ def main(argv=None):
             raise flags.UserError(f"{flags.option(mode.__name__)} reads no {flags.option(name)}")
 
     # ---- measure and print, write, draw ----
-    numbers, pictures = mode(args)  # pictures: name -> (function of lab/figures.py, its arguments)
+    with redirect_stdout(StringIO()) as printed:
+        numbers, pictures = mode(args)  # name -> (function of lab/figures.py, its arguments)
     if args.json:
         flags.write_atomically(args.json, json.dumps(numbers, default=lambda x: x.tolist()) + "\n")
+    print(printed.getvalue(), end="")
     if pictures:
         save_pictures(args.out or Path(args.runs[0], "figures"), pictures)
 

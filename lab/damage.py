@@ -158,8 +158,8 @@ def main(argv=None):
     for run in [open_run(name, device, args.data) for name in args.runs]:
         row = damage(run, args.bits, args.batches, args.eval_batches, args.layers or args.out)
         rows.append(row)
+        write_json(args.json, rows)
         print_tables(row)
-    write_json(args.json, rows)
     if args.out:
         sqnr = lambda row: torch.tensor([[x["sqnr"] for x in places]
                                          for places in row["layers"].values()]).numpy()

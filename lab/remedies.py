@@ -270,8 +270,8 @@ def main(argv=None):
         table = [remedy_columns(rows[-1], remedy) for remedy in rows[-1]["remedies"]]
         fp = "an encoder" if run.model.metric == "sqnr" else (
             f"{run.model.metric} {run.score(run.model, args.eval_batches):.4g} in floating point")
+        write_json(args.json, rows)
         print(f"\n{run.name}: {fp}\n\n{markdown(table)}")
-    write_json(args.json, rows)
 
 
 if __name__ == "__main__":

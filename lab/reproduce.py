@@ -91,7 +91,7 @@ def reproduce(experiment, jobs, path, args):
     hashes = [hash for row in rows for hash in row.get("weights_sha256", ())]
     recorded = RECORDED / f"{path.name}.json"
     if hashes and recorded.exists():
-        same = sum(hash in recorded.read_text() for hash in hashes)
+        same = sum(hash in recorded.read_text("utf-8") for hash in hashes)
         print(f"{same} of {len(hashes)} runs have the weights of those in {recorded}")
     path.parent.mkdir(parents=True, exist_ok=True)
     tables.write_json(f"{path}.json", table)
@@ -104,7 +104,7 @@ def reproduce(experiment, jobs, path, args):
 
 def machine():
     info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*:\s*(.*)", info.read_text()) if info.exists() else None
+    model = re.search(r"model name\s*:\s*(.*)", info.read_text("utf-8")) if info.exists() else None
     return {"processor": model[1] if model else platform.processor(), "cores": os.cpu_count(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
 
@@ -118,7 +118,8 @@ class Job:
         family, source, more = row["family"], row["source"], experiment["quantize"].split()
         recipe = (FILE["recipes"][args.preset] | experiment[args.preset])[family]
         own = args.preset == "laptop" and row["laptop"] or row["flags"]
-        settings = shlex.split(f"{recipe} {own}" + f" --steps {args.steps}" * bool(args.steps))
+        shorter = f" --steps {args.steps} --warmup {args.steps // 10}" if args.steps else ""
+        settings = shlex.split(f"{recipe} {own}" + shorter)
         quantize = [*more, *FILE["quantize"][family].split()]
         name = Path(source).name or f"{family}{slug(settings)}-s{seed}"
         self.row, self.seed, self.folder = row, seed, Path(args.runs, name)
@@ -152,7 +153,7 @@ class Job:
         checkpoint = load_checkpoint(self.folder)
         found = {"parameters": sum(x.numel() for x in checkpoint["model"].values())}
         for name in self.looks:
-            found |= json.loads((self.folder / name).read_text())[0]
+            found |= json.loads((self.folder / name).read_text("utf-8"))[0]
         if not self.row["source"]:
             end = tables.read_log(self.folder)[-1]
             found |= {"as_trained": end[found["metric"]], "loss": end["loss"],

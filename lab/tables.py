@@ -21,7 +21,7 @@ def read_log(folder):
     """The evaluations in `folder`/metrics.jsonl, a dict each; at least one, or UserError."""
     path = Path(folder, "metrics.jsonl")
     try:
-        found = [json.loads(line) for line in path.open()]
+        found = [json.loads(line) for line in path.open(encoding="utf-8")]
     except (OSError, ValueError) as error:
         raise flags.UserError(f"{path}: cannot be read: {error}") from None
     if not found:

@@ -20,6 +20,7 @@ from minq.flags import TEXTS, UserError
 IGNORE = -100            # a label that is not predicted (cross_entropy's default)
 VALIDATION_SHARE = 0.1   # the last tenth of a text; of an array of images a tenth
 BYTES = 256
+PACKED = (b"\x93NUMPY", b"PK\x03\x04", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
 ENWIK8 = ("http://mattmahoney.net/dc/enwik8.zip",  # 100 MB of Wikipedia
           "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc")
 
@@ -28,7 +29,8 @@ ENWIK8 = ("http://mattmahoney.net/dc/enwik8.zip",  # 100 MB of Wikipedia
 
 class Text(NamedTuple):
     """A corpus: `tokens` (uint8 or uint16), whether they are bytes or else (if known) the words
-    that they stand for, the size of its vocabulary with specials, and the specials' ids."""
+    that they stand for, the size of its vocabulary with specials, and the specials' ids. Specials
+    among the tokens are attended to, but never predicted nor scored."""
     tokens: np.ndarray
     is_bytes: bool
     words: list | None
@@ -38,6 +40,7 @@ class Text(NamedTuple):
     sep: int
     mask: int
     sha256: str
+    documents: str | None = None  # what the tokens hold delimiters around: files, lines, tokens
 
     def split(self, name):
         """The 'train' or 'validation' part; they never overlap."""
@@ -45,53 +48,92 @@ class Text(NamedTuple):
         return self.tokens[:boundary] if name == "train" else self.tokens[boundary:]
 
 
-def load_text(source, vocab_size=None, special_ids=None):
+def load_text(source, vocab_size=None, special_ids=None, documents=None):
     """Open `--data`: a name in TEXTS, a file or folder of text (read as bytes), or a .bin.
 
     A .bin needs `vocab_size`; its special tokens are `special_ids` (pad, cls, sep, mask), or follow
-    the vocabulary; a list of its words may lie beside it, as .json. Raises UserError for anything
-    that cannot be read.
+    the vocabulary; a list of its words may lie beside it, as .json. With `documents` the tokens
+    are [CLS] document [SEP] [CLS] document [SEP] ..., as the authors concatenate theirs: each file
+    or each line that is not blank; "tokens" says that a .bin is such a stream already. Raises
+    UserError for anything that cannot be read.
     """
     path, is_bin = Path(source), str(source).endswith(".bin")
     if is_bin != (vocab_size is not None) or special_ids and not is_bin:
         raise UserError(f"--data {source}: --vocab-size is for .bin files of tokens, which need it")
-    words = None
+    files, words = [], None
     try:
         if is_bin:
             tokens, names = read_tokens(path), path.with_suffix(".json")
             words = json.loads(names.read_text("utf-8")) if names.exists() else None
+            if not isinstance(words or [], list):
+                raise ValueError(f"{names.name} holds no list of words")
         else:
-            tokens, vocab_size = TEXTS.get(source, lambda: (as_bytes(read_bytes(path)), BYTES))()
+            tokens, vocab_size = TEXTS.get(source, lambda: (read_files(path), BYTES))()
+        if isinstance(tokens, list):
+            files, tokens = tokens, as_bytes(b"\n".join(tokens))
     except (OSError, ValueError) as error:
         raise UserError(f"--data {source}: {error}; built in: {', '.join(TEXTS)}") from None
     if tokens.size and (most := tokens.max()) >= vocab_size:
-        raise UserError(f"--data {source}: holds token {most}; --vocab-size is {vocab_size}")
+        raise UserError(f"--data {source}: holds token {most}, if it is little-endian uint16; "
+                        f"--vocab-size is {vocab_size}")
     ids = special_ids or range(vocab_size, vocab_size + 4)
-    return Text(tokens, not is_bin and vocab_size == BYTES, words, max(vocab_size, max(ids) + 1),
-                *ids, sha256=hashlib.sha256(tokens).hexdigest())
+    is_bytes, sha256 = not is_bin and vocab_size == BYTES, hashlib.sha256(tokens).hexdigest()
+    if documents and is_bytes == (documents == "tokens"):
+        raise UserError(f"--data {source}: --documents files or lines is for text, tokens for .bin")
+    if documents in ("files", "lines"):
+        parts = tokens.tobytes().splitlines() if documents == "lines" else files
+        parts = [part.decode("latin-1") for part in parts if part.strip()]  # bytes as characters
+        cls, sep = map(chr, ids[1:3])
+        stream = cls + (sep + cls).join(parts) + sep
+        tokens = np.frombuffer(stream.encode("utf-16-le"), dtype="<u2")
+    return Text(tokens, is_bytes, words, max(vocab_size, max(ids) + 1), *ids, sha256, documents)
 
 
 def as_bytes(text):
     return np.frombuffer(text, dtype=np.uint8)
 
 
-def read_bytes(path):
-    """All bytes of a file, or of the files below a folder in the order of their names."""
+def read_files(path):
+    """The bytes of a file, or of each file below a folder in the order of their names."""
     below = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-    text = b"\n".join(file.read_bytes() for file in (below if path.is_dir() else [path]))
-    if not text:
+    files = {file: file.read_bytes() for file in (below if path.is_dir() else [path])}
+    if not any(files.values()):
         raise ValueError("is empty; expected text")
-    return text
+    for file, content in files.items():
+        if kind := found_instead(content):
+            raise ValueError(f"{file.name} looks like {kind}; expected text, in UTF-8 or alike")
+    return [*files.values()]
 
 
 def read_tokens(path):
     """A .bin file, memory-mapped: little-endian uint16, one per token (nanoGPT's convention)."""
-    if not (size := path.stat().st_size) or size % 2:
-        raise ValueError(f"has {size} bytes; expected uint16 tokens, two bytes each")
-    return np.memmap(path, dtype="<u2", mode="r")
+    tokens = np.memmap(path, dtype="<u2", mode="r")  # a ValueError where bytes are odd or none
+    if kind := found_instead(tokens[:2 ** 20].tobytes(), tokens[:2 ** 20]):
+        raise ValueError(f"looks like {kind}; expected little-endian uint16 tokens, 2 bytes each")
+    return tokens
 
 
-def stdlib_source():
+def found_instead(content, tokens=None):
+    """What a file looks like, in words, if not like text or, with `tokens`, like tokens; or None.
+
+    Tokens of a text are no random numbers: small ones are common, wherever they stand in a group of
+    four. Of integers of 4 or 8 bytes some place holds zeros; of floats from 1 on (in half precision
+    this is 0x3c00, as bf16, fp32 and fp64 it begins with more) some place holds large ones.
+    """
+    if content.startswith(PACKED):
+        return "a NumPy array, or a compressed file"
+    if tokens is None:
+        return "numbers (it holds bytes of 0)" if b"\0" in content else None
+    if len(tokens) < 64:  # of so few nothing can be said
+        return None
+    of_four = tokens[:len(tokens) // 4 * 4].reshape(-1, 4)
+    is_small = ((of_four > 0) & (of_four < 0x3c00)).any(axis=0)
+    if tokens.any() and not (is_small.all() and (tokens % 256).any()):
+        return "floats, integers of 4 or 8 bytes, or big-endian ones"
+    return "text" if min(content) > 8 else None
+
+
+def stdlib_files():
     """The source of the Python standard library, tests left out, in the order of file names."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -100,7 +142,7 @@ def stdlib_source():
     paths.sort(key=lambda path: path.relative_to(root).as_posix())
     if not paths:
         raise ValueError(f"no Python source in {root}; give --data a text file")
-    return b"\n".join(path.read_bytes().replace(b"\r\n", b"\n") for path in paths)
+    return [path.read_bytes().replace(b"\r\n", b"\n") for path in paths]
 
 
 def downloaded(name, url, sha256):
@@ -121,10 +163,10 @@ def downloaded(name, url, sha256):
     return cache / name
 
 
-# A name for --data -> (tokens uint8, size of their vocabulary). To add one, name it here (or as
-# lab/backcopy.py).
+# A name for --data -> (tokens uint8, or the bytes of files; the size of their vocabulary). To add
+# one, name it here (or as lab/backcopy.py).
 TEXTS |= {
-    "stdlib": lambda: (as_bytes(stdlib_source()), BYTES),
+    "stdlib": lambda: (stdlib_files(), BYTES),
     "enwik8": lambda: (np.memmap(downloaded("enwik8", *ENWIK8), np.uint8, "r"), BYTES),
 }
 
@@ -143,47 +185,57 @@ def spread(available, size, batches, rank=0, world=1):
 class Windows:
     """Windows of a text: at random places for training, evenly spread and apart for validation.
 
-    A subclass sets `window`, their length, and turns them into (tokens, labels) with `sequences`.
+    length: of a window, with the specials `ends` that stand before and after its tokens. A text of
+    documents has specials of its own, and its windows are tokens as they come. A subclass turns
+    tokens (size, length), and which of them are special, into (tokens, labels) with `sequences`.
     """
 
-    def __init__(self, text, seq_len, window):
-        if window < 1:
-            raise UserError(f"--seq-len {seq_len}: expected at least 3, for [CLS] and [SEP]")
-        if (n := min(len(text.split("train")), len(text.split("validation")))) < window:
-            raise UserError(f"--seq-len {seq_len}: a part of --data has only {n} tokens")
-        self.text, self.seq_len, self.window, self.sha256 = text, seq_len, window, text.sha256
+    def __init__(self, text, seq_len, length, ends):
+        self.text, self.seq_len, self.sha256 = text, seq_len, text.sha256
+        self.ends = [] if text.documents else ends
+        self.window = length - len(self.ends)
+        self.specials = [text.pad, text.cls, text.sep, text.mask]
         self.sizes = {"seq_len": seq_len, "vocab_size": text.vocab_size}  # what a model must take
+        if self.window < 1:
+            raise UserError(f"--seq-len {seq_len}: expected at least 3, for [CLS] and [SEP]")
+        self.train, self.validation = text.split("train"), text.split("validation")
+        for part in (self.train, self.validation):
+            if (n := len(part)) < self.window:
+                raise UserError(f"--seq-len {seq_len}: a part of --data has only {n} tokens")
+            blocks = (part[i:i + 2 ** 20] for i in range(0, n, 2 ** 20))  # most stop at the first
+            if all(np.isin(block, self.specials).all() for block in blocks):
+                raise UserError("--data: a part of it holds special tokens only, none to predict")
+
+    def gathered(self, text, starts, rng):
+        tokens = text[starts[:, None] + np.arange(self.window)].astype(np.int64)
+        tokens = np.insert(tokens, [0, self.window][:len(self.ends)], self.ends, axis=1)
+        return self.sequences(tokens, np.isin(tokens, self.specials), rng)
 
     def train_batch(self, seed, step, size):
         """(tokens, labels), int64 (size, T), always the same for the same (seed, step)."""
         rng = np.random.default_rng((seed, step))
-        tokens = self.text.split("train")
-        return self.sequences(tokens, rng.integers(len(tokens) - self.window + 1, size=size), rng)
+        starts = rng.integers(len(self.train) - self.window + 1, size=size)
+        return self.gathered(self.train, starts, rng)
 
     def validation_batches(self, size, batches, rank=0, world=1):
         """Up to `batches` pairs (tokens, labels), always the same, that do not overlap."""
-        tokens = self.text.split("validation")
-        for i, chosen in spread(len(tokens) // self.window, size, batches, rank, world):
-            yield self.sequences(tokens, chosen * self.window, np.random.default_rng((0, i)))
+        part = self.validation
+        for i, chosen in spread(len(part) // self.window, size, batches, rank, world):
+            yield self.gathered(part, chosen * self.window, np.random.default_rng((0, i)))
 
 
 class MaskedText(Windows):
     """Sequences [CLS] + T-2 tokens + [SEP] with masked tokens to predict (Devlin et al.; C.1)."""
 
     def __init__(self, text, seq_len, mask_prob=0.15):
-        super().__init__(text, seq_len, window=seq_len - 2)
-        self.mask_prob, self.specials = mask_prob, (text.pad, text.cls, text.sep, text.mask)
+        super().__init__(text, seq_len, length=seq_len, ends=[text.cls, text.sep])
+        self.mask_prob = mask_prob
         self.ordinary = np.setdiff1d(np.arange(text.vocab_size), self.specials)
 
-    def sequences(self, text, starts, rng):
+    def sequences(self, tokens, special, rng):
         """Choose 15% of the tokens as labels; of these 80% become [MASK], 10% a random token."""
-        tokens = np.empty((len(starts), self.seq_len), dtype=np.int64)
-        tokens[:, 0], tokens[:, -1] = self.text.cls, self.text.sep
-        tokens[:, 1:-1] = text[starts[:, None] + np.arange(self.window)]
-        special = np.isin(tokens, self.specials)
-
         chosen = (rng.random(tokens.shape) < self.mask_prob) & ~special
-        if self.mask_prob > 0 and not chosen.any():  # a tiny batch: its loss is a mean over one
+        if self.mask_prob > 0 and not (chosen | special.all()).any():  # a mean needs one, if it can
             chosen.flat[rng.choice(np.flatnonzero(~special), size=1)] = True
         labels = np.where(chosen, tokens, IGNORE)
         fate = rng.random(tokens.shape)
@@ -205,15 +257,16 @@ class MaskedText(Windows):
 
 
 class CausalText(Windows):
-    """Sequences [CLS] + T-1 tokens whose labels are the T next tokens (paper, C.2)."""
+    """Sequences [CLS] + T-1 tokens whose labels are the T next tokens (paper, C.2). OPT has no
+    [SEP]: in a text of documents [CLS] stands where each begins."""
 
     def __init__(self, text, seq_len):
-        super().__init__(text, seq_len, window=seq_len)
+        if text.documents in ("files", "lines"):
+            text = text._replace(tokens=text.tokens[text.tokens != text.sep])
+        super().__init__(text, seq_len, length=seq_len + 1, ends=[text.cls])
 
-    def sequences(self, text, starts, rng):
-        labels = text[starts[:, None] + np.arange(self.window)].astype(np.int64)
-        start = np.full((len(starts), 1), self.text.cls)
-        return np.concatenate((start, labels[:, :-1]), axis=1), labels
+    def sequences(self, tokens, special, rng):
+        return tokens[:, :-1], np.where(special, IGNORE, tokens)[:, 1:]
 
     @staticmethod
     def to_model(tokens, labels):

@@ -9,6 +9,7 @@ import functools
 import os
 import shlex
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
@@ -28,6 +29,10 @@ def one_line_errors(main):
     """
     @functools.wraps(main)
     def guarded(argv=None):
+        if os.path.expanduser("~") == "~":  # nobody knows a home, so no ~/.cache for downloads
+            os.environ.setdefault("XDG_CACHE_HOME", tempfile.gettempdir())
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # an arrow that its encoding has not becomes ?
         try:
             return main(argv)
         except UserError as error:
@@ -157,6 +162,8 @@ def add_text_flags(parser):
     add("--data", type=source(TEXTS), help=f"{', '.join(TEXTS)}, a file or folder, or a .bin")
     add("--vocab-size", type=number(int, low=1, high=2 ** 16), help="vocabulary of a .bin (uint16)")
     add("--special-ids", type=special_ids, help="PAD,CLS,SEP,MASK of a .bin; by default last")
+    add("--documents", choices=("files", "lines", "tokens"),
+        help="put [CLS] and [SEP] around each, inside the windows; tokens: the .bin has its own")
 
 
 def special_ids(text):
@@ -173,7 +180,7 @@ def add_training_flags(parser, optimizers):
     add("--accumulate", type=positive, help="micro-batches per step")
     add("--optimizer", choices=optimizers, default="adamw", help="muon: for the blocks' matrices")
     add("--lr", type=above_0, help="peak learning rate")
-    add("--warmup", type=number(int, low=0), help="steps of linear warm-up")
+    add("--warmup", type=number(int, low=0), help="steps of linear warm-up, from a rate of 0")
     add("--weight-decay", type=at_least_0, help="the optimizer's weight decay")
     add("--decay-layernorm", action="store_true", help="decay LayerNorm's gamma too (Table 5)")
     add("--clip", type=above_0, help="largest gradient norm")
@@ -217,6 +224,8 @@ def read_flags(family, config_class, parser, presets, argv=None):
     given = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(defaults)))  # or else None
     typed = {name: value for name, value in vars(given).items() if value is not None}
     args = argparse.Namespace(**defaults | presets[typed.get("preset", first)] | typed)
+    if "warmup" not in typed and args.steps and args.steps <= (args.warmup or 0):
+        args.warmup = args.steps // 10  # the preset's is for longer runs
     args.out = args.out or run_name(family, args, typed)
     if args.resume and args.overwrite:
         raise UserError("--resume continues the run in --out, --overwrite replaces it; give one")

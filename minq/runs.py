@@ -47,6 +47,8 @@ class Run:
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         if args.batch_size % self.world:
             raise UserError(f"--batch-size {args.batch_size}: expected a multiple of {self.world}")
+        if not checkpoint and args.warmup >= args.steps:
+            raise UserError(f"--warmup {args.warmup}: expected fewer than --steps {args.steps}")
         if checkpoint:
             require_same_data(args.data, data, checkpoint)
             for name, part in (("model", model), ("optimizer", optimizer), ("scaler", scaler)):
@@ -168,7 +170,7 @@ class Run:
                 print(f"interrupted at step {self.step}, saved. Go on with: {go_on}")
             raise SystemExit(128 + self.signal)  # 130 for Ctrl-C, 143 for SIGTERM
         if self.rank == 0:
-            last = json.loads((self.folder / "metrics.jsonl").read_text().splitlines()[-1])
+            last = json.loads((self.folder / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
             metric, norm = self.model.metric, lambda tap: max(last[tap]["inf_norm"])
             off = f" (fake quantization off {last[f'float_{metric}']:.3f})" * self.args.fake_quant
             print(f"{self.folder}: step {self.step}, {metric} {last[metric]:.3f}{off}, max inf norm"
@@ -185,7 +187,7 @@ def lock(folder):
     however that ends. (Not on Windows, nor where a file system knows no locks.)"""
     with writing(f"--out {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
+        file = open(folder / ".lock", "wb")
     with file:
         try:
             import fcntl
@@ -199,7 +201,7 @@ def lock(folder):
 
 def append_line(path, line):
     """Add a line to a log, on the disk before a checkpoint that knows of it."""
-    with writing(path), open(path, "a") as file:
+    with writing(path), open(path, "a", encoding="utf-8") as file:
         print(line, file=file, flush=True)
         os.fsync(file.fileno())
 
@@ -318,7 +320,7 @@ def open_data(checkpoint, source):
         from minq.images import load_images
         return load_images(source, config["image_size"])
     from minq.data import CausalText, MaskedText, load_text
-    text = load_text(source, args["vocab_size"], args["special_ids"])
+    text = load_text(source, args["vocab_size"], args["special_ids"], args.get("documents"))
     if checkpoint["family"] == "bert":
         return MaskedText(text, config["seq_len"], args["mask_prob"])
     if checkpoint["family"] == "opt":

@@ -177,7 +177,8 @@ def interruptible():
 def evaluate(model, batches, device):
     """Perplexity and top-1 accuracy in percent over `batches` of (inputs, targets), in fp32.
 
-    Perplexity is exp(total loss / total predictions), not a mean over batches.
+    Perplexity is exp(total loss / total predictions), not a mean over batches. NaN where nothing is
+    to be predicted.
     """
     was_training = model.training
     model.eval()
@@ -187,9 +188,9 @@ def evaluate(model, batches, device):
         logits, targets = model(*inputs).float().flatten(0, -2), targets.flatten()
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         correct += (logits.argmax(dim=-1) == targets).sum().item()
-        count += targets.numel()
+        count += (targets >= 0).sum().item()  # below 0: not to be predicted
     loss, correct, count = added_up(loss, correct, count)  # each process has batches of its own
     model.train(was_training)
-    loss, accuracy = loss / count, 100 * correct / count
+    loss, accuracy = (x / count if count else math.nan for x in (loss, 100 * correct))
     perplexity = math.inf if loss > 709 else math.exp(loss)  # beyond, exp is an error
     return {"loss": loss, "perplexity": perplexity, "accuracy": accuracy}

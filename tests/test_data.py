@@ -1,4 +1,10 @@
 """Text: what a batch holds, that it is a function of (seed, step), and files that are refused."""
+import bz2
+import contextlib
+import gzip
+import io
+import lzma
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -82,9 +88,11 @@ TOKENS = np.array([1, 2, 70], dtype="<u2").tobytes()
     ("missing.txt", None, {}, "No such file"), ("empty.txt", b"", {}, "is empty"),
     ("", None, {}, "is empty"), ("t.bin", TOKENS, {}, "--vocab-size"),
     ("t.bin", TOKENS, {"vocab_size": 70}, "holds token 70"),
-    ("odd.bin", b"123", {"vocab_size": 9}, "has 3 bytes"),
+    ("odd.bin", b"123", {"vocab_size": 9}, "not a multiple"),
     ("missing.bin", None, {"vocab_size": 9}, "No such file"),
     ("a.txt", b"123", {"vocab_size": 9}, "--vocab-size is for .bin files"),
+    ("a.txt", b"123", {"documents": "tokens"}, "--documents files or lines is for text"),
+    ("t.bin", TOKENS, {"vocab_size": 71, "documents": "lines"}, "tokens for .bin"),
     ("a.txt", b"123", {"special_ids": [0, 1, 2, 3]}, "is for .bin files")])
 def test_bad_data_is_named(tmp_path, name, content, options, message):
     if content is not None:
@@ -99,6 +107,71 @@ def test_a_text_shorter_than_a_sequence_is_refused(tmp_path, seq_len, message):
     (tmp_path / "short.txt").write_bytes(b"x" * 100)
     with pytest.raises(UserError, match=message):
         MaskedText(load_text(tmp_path / "short.txt"), seq_len)
+
+
+RANKS = np.random.default_rng(0).zipf(1.3, 9000) % 50_000  # tokens as those of a text
+PROSE = b"It was a bright cold day in April, and the clocks were striking thirteen. " * 9
+np.save(NPY := io.BytesIO(), RANKS.astype("<u2"))
+
+
+@pytest.mark.parametrize("name, content, kind", [
+    *[("t.bin", RANKS.astype(dtype).tobytes(), "floats, integers of 4") for dtype in (
+        "<u4", ">u4", "<i8", ">i8", "<f4", "<f8", "<f2")],
+    ("t.bin", (RANKS % 128).astype(">u2").tobytes(), "or big-endian ones"),
+    ("t.bin", PROSE, "text"), ("t.bin", NPY.getvalue(), "NumPy"), ("t", NPY.getvalue(), "NumPy"),
+    ("t.txt", bz2.compress(b"!"), "a compressed file"), ("t.txt", lzma.compress(PROSE), "compress"),
+    ("t.txt", gzip.compress(PROSE), "a compressed"), ("t.txt", b"PK\3\4" + PROSE, "a compressed"),
+    ("t.txt", PROSE.decode().encode("utf-16-le"), "numbers"), ("t.txt", TOKENS * 99, "numbers"),
+    ("t.bin", RANKS.astype("<u2").tobytes(), None), ("t.bin", TOKENS, None),
+    ("t.bin", bytes(9000), None), ("t.bin", np.full(900, 70, "<u2").tobytes(), None),
+    ("t.txt", "Straße".encode("latin-1"), None)])
+def test_a_file_that_is_not_what_its_name_says(tmp_path, name, content, kind):
+    path, options = tmp_path / name, {"vocab_size": 50_000} if name == "t.bin" else {}
+    path.write_bytes(content)
+    refused = pytest.raises(UserError, match=f"--data {path}: .*looks like .*{kind}.*expected")
+    with refused if kind else contextlib.nullcontext():
+        load_text(path, **options)
+
+
+# ---- documents and special tokens ----
+
+@pytest.mark.parametrize("documents", ["files", "lines", "tokens"])
+def test_documents_are_delimited_inside_the_windows(tmp_path, documents):
+    files = [b"one\ntwo, and more\n\n", b"  ", b"three\r\nfour"] * 50
+    parts = ([files[0], files[2]] if documents == "files" else
+             [b"one", b"two, and more", b"three", b"four"]) * 50
+    stream = [i for part in parts for i in (257, *part, 258)]
+    np.array(stream, "<u2").tofile(tmp_path / "t.bin")
+    os.mkdir(tmp_path / "folder")
+    for i, content in enumerate(files):
+        (tmp_path / "folder" / f"{i:03}.txt").write_bytes(content)
+    text = (load_text(tmp_path / "t.bin", 260, [256, 257, 258, 259], documents)
+            if documents == "tokens" else load_text(tmp_path / "folder", documents=documents))
+    assert text.tokens.tolist() == stream
+
+    tokens, labels = MaskedText(text, 9).train_batch(0, 0, 300)
+    windows = {tuple(stream[i:i + 9]) for i in range(len(stream))}
+    assert set(map(tuple, np.where(labels != IGNORE, labels, tokens))) <= windows
+    assert labels.max() < 256 and (tokens[:, 1:-1] == 258).any() and (tokens[:, 0] < 256).any()
+
+    if documents != "tokens":  # OPT has its start token where a document begins
+        stream = [i for i in stream if i != 258]
+    named = [IGNORE if i > 255 else i for i in stream]
+    windows = {(*stream[i:i + 9], *named[i + 1:i + 10]) for i in range(len(stream))}
+    batch = CausalText(text, 9).train_batch(0, 0, 300)
+    assert set(map(tuple, np.concatenate(batch, axis=1))) <= windows and (batch[1] == IGNORE).any()
+
+
+@pytest.mark.parametrize("kind", [MaskedText, CausalText])
+def test_special_tokens_are_never_predicted(tmp_path, kind):
+    np.array([5, 1, 6, 0, 0, 0, 7, 2] * 200, "<u2").tofile(tmp_path / "t.bin")
+    data = kind(load_text(tmp_path / "t.bin", 1000, [0, 1, 2, 3]), 16)
+    batches = [data.train_batch(0, 0, 99), *data.validation_batches(8, 9)]
+    assert {*np.concatenate([labels.ravel() for _, labels in batches])} == {IGNORE, 5, 6, 7}
+    assert all((tokens == 0).any() for tokens, _ in batches)  # attention sees them
+    np.zeros(1000, "<u2").tofile(tmp_path / "t.bin")
+    with pytest.raises(UserError, match="holds special tokens only"):
+        kind(load_text(tmp_path / "t.bin", 1000, [0, 1, 2, 3]), 16)
 
 
 # ---- batches ----
@@ -124,7 +197,7 @@ def test_a_batch_is_a_function_of_seed_and_step_out_of_the_training_text(text):
     assert np.array_equal(given, tokens) and np.array_equal(targets, labels)
 
 
-def test_masking_is_15_percent_80_10_10_and_never_on_specials(text, tmp_path):
+def test_masking_is_15_percent_80_10_10_and_never_on_specials(text):
     tokens, labels = MaskedText(text, 66).train_batch(0, 0, 4000)
     chosen = labels != IGNORE
     assert chosen[:, 1:-1].mean() == pytest.approx(0.15, abs=0.003) and not chosen[:, [0, -1]].any()
@@ -134,11 +207,8 @@ def test_masking_is_15_percent_80_10_10_and_never_on_specials(text, tmp_path):
     replaced = tokens[chosen][~masked & ~kept]  # any ordinary token, never a special
     assert replaced.max() < 256 and len(np.unique(replaced)) == 256
 
-    path = tmp_path / "tokens.bin"  # a tokenized text may hold specials
-    np.random.default_rng(0).integers(0, 6, 50_000).astype("<u2").tofile(path)
-    data = MaskedText(load_text(path, vocab_size=1000, special_ids=[0, 1, 2, 3]), 32)
-    assert set(np.unique(data.train_batch(0, 0, 500)[1])) == {IGNORE, 4, 5}
-    assert all((data.train_batch(0, step, 1)[1] != IGNORE).any() for step in range(99))
+    tiny = MaskedText(text, 6)
+    assert all((tiny.train_batch(0, step, 1)[1] != IGNORE).any() for step in range(99))
 
 
 def test_validation_is_always_the_same_and_does_not_overlap(text):

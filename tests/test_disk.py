@@ -11,7 +11,7 @@ import pytest
 
 from minq import data, runs
 from minq.data import downloaded, load_text
-from minq.flags import UserError, write_atomically
+from minq.flags import UserError, one_line_errors, write_atomically
 from minq.images import load_images
 from minq.runs import append_line, lock, truncate_log
 from running import differences, logged, run, saved, train
@@ -103,7 +103,7 @@ def test_two_trainings_in_one_folder(corpus, tmp_path):
             assert "another process is training there" in last_line(err)
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     assert len(logged(tmp_path / "run")) == 1
-    train(corpus, tmp_path / "run", "--overwrite", "--steps", "2")
+    train(corpus, tmp_path / "run", "--overwrite", "--steps", 2, "--warmup", 0)
 
 
 # ---- downloads, from a file:// ----
@@ -146,6 +146,17 @@ def test_a_wrong_download_is_not_kept_and_the_next_command_succeeds(tmp_path, ca
     path.unlink()
     assert load_text("enwik8").tokens.tobytes() == TEXT  # it is in the cache
     assert os.listdir(cache) == ["enwik8"]
+
+
+def test_without_a_home_downloads_are_kept_with_temporary_files(tmp_path, monkeypatch):
+    for name in "HOME", "XDG_CACHE_HOME":
+        monkeypatch.setenv(name, "")  # for what it is again afterwards
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError: an unknown user
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    found = packed(tmp_path / "p.zip", lambda archive: archive.writestr("enwik8", TEXT))
+    downloads = one_line_errors(lambda argv: downloaded("enwik8", *found))
+    assert downloads() == tmp_path / "minq" / "enwik8"
 
 
 def test_images_come_out_of_an_archive_that_can_write_nowhere_else(tmp_path, cache, cifar,

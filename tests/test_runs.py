@@ -27,7 +27,7 @@ def test_an_opened_run_is_what_was_trained(corpus, tmp_path):
 @pytest.mark.parametrize("script", ["train_bert.py", "train_vit.py"])
 def test_calibration_sees_other_batches_than_training_and_each_seed_others(corpus, cifar, tmp_path,
                                                                            script):
-    run(*small(script, corpus, cifar), "--steps", 1, "--out", tmp_path / "run")
+    run(*small(script, corpus, cifar), "--steps", 1, "--warmup", 0, "--out", tmp_path / "run")
     opened = open_run(tmp_path / "run", CPU)
     trained = [opened.data.to_model(*opened.data.train_batch(0, step, 8))[0] for step in range(4)]
     once, again = ([inputs for seed in range(3) for inputs in opened.calibration_inputs(seed, 4)]
@@ -82,7 +82,7 @@ class Ran:
 @pytest.fixture(scope="module")
 def good(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "run"
-    train(corpus, folder, "--steps", 1, "--attention", "gated")
+    train(corpus, folder, "--steps", 1, "--warmup", 0, "--attention", "gated")
     return folder
 
 
@@ -129,7 +129,7 @@ def test_data_is_found_from_anywhere_or_where_one_says(corpus, tmp_path, monkeyp
     (tmp_path / "shapes").mkdir()
     text = Path(shutil.copy(corpus, tmp_path / "shapes" / "text.txt"))
     monkeypatch.chdir(tmp_path)
-    run("train_bert.py", *SMALL, "--data", "shapes", "--steps", 1, "--out", "run")
+    run("train_bert.py", *SMALL, "--data", "shapes", "--steps", 1, "--warmup", 0, "--out", "run")
     assert saved(Path("run"))["args"]["data"] == str(tmp_path / "shapes")
     monkeypatch.chdir(ROOT)
     quantize = ["quantize.py", tmp_path / "run", "--batches", 1, "--seeds", 1]

@@ -2,7 +2,9 @@
 import json
 import math
 import os
+import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,7 +34,9 @@ def reference_loss(model, data, args, step):
         images, targets = A.augment(*data.to_float(inputs, labels), 10, draws, 32, **strengths)
         return -(targets * model(images).log_softmax(-1)).sum() / size
     if model.family == "opt":
-        assert (labels[:, :-1] == inputs[:, 1:]).all()  # each token is asked for the next
+        asked = labels[:, :-1] != IGNORE  # each token is asked for the next, unless it is special
+        assert (np.where(asked, labels[:, :-1], inputs[:, 1:]) == inputs[:, 1:]).all()
+        assert np.array_equal(asked, inputs[:, 1:] < 256)
     logits = model(torch.tensor(inputs))
     labels = torch.tensor(labels)
     chosen, log_p = labels != IGNORE, logits.log_softmax(-1)
@@ -67,6 +71,8 @@ def reference(opened):
 
 @pytest.mark.parametrize("command, tolerance", [
     ("train_bert.py --accumulate 2", 1e-5),
+    ("train_bert.py --data README.md --documents lines", 1e-5),
+    ("train_opt.py --data README.md --documents lines --accumulate 2", 1e-5),
     ("train_bert.py --precision fp16 --decay-layernorm", 1e-2),
     ("train_opt.py --accumulate 2 --decay-layernorm", 1e-5),
     ("train_opt.py --precision fp16", 0.2), ("train_vit.py --precision fp16", 1e-2),
@@ -108,11 +114,33 @@ def test_a_compiled_run_is_near_an_eager_one_and_resumes(corpus, tmp_path, monke
     ("", -1 / 16), ("--alpha 2", -2 / 16), ("--gamma -0.03", -0.03), ("--gamma 0 --zeta 1.03", 0.0),
     ("--preset blog", -0.025), ("--preset blog --alpha 2", -2 / 16), ("--preset paper", -4 / 16)])
 def test_gamma_comes_from_the_flag_or_alpha_or_the_preset(corpus, tmp_path, options, gamma):
-    clipped = ["--attention", "clipped", "--steps", 1, *options.split()]
+    clipped = ["--attention", "clipped", "--steps", 1, "--warmup", 0, *options.split()]
     train(corpus, tmp_path / "run", *clipped)
     checkpoint = saved(tmp_path / "run")
     assert checkpoint["config"]["gamma"] == pytest.approx(gamma)
     assert (checkpoint["args"]["alpha"] is None) == (checkpoint["args"]["gamma"] is not None)
+
+
+@pytest.mark.parametrize("options, warmup", [
+    ("--steps 101", 100), ("--steps 100", 10), ("--steps 1", 0), ("--steps 9 --warmup 8", 8)])
+def test_a_presets_warm_up_fits_into_the_run(monkeypatch, options, warmup):
+    seen = []
+    monkeypatch.setattr("train_opt.Run", lambda args, *_: seen.append(args) or sys.exit(0))
+    run("train_opt.py", *options.split(), "--data", "README.md", "--device", "cpu")
+    assert seen[0].warmup == warmup
+
+
+@pytest.mark.parametrize("script", ["train_bert.py", "train_opt.py"])
+def test_most_batches_have_nothing_to_predict(tmp_path, script):
+    tokens = np.zeros(20_000, "<u2")  # [PAD]
+    tokens[:500] = tokens[18_500:18_600] = 7
+    tokens.tofile(tmp_path / "t.bin")
+    run(*small(script, tmp_path / "t.bin", None), "--vocab-size", 9, "--special-ids", "0,1,2,3",
+        "--batch-size", 2, "--out", tmp_path / "run")
+    data, first = open_run(tmp_path / "run", CPU).data, logged(tmp_path / "run")[0]
+    assert (data.train_batch(0, 0, 2)[1] == IGNORE).all()
+    assert math.isfinite(first["loss"]) and math.isnan(first["perplexity"])
+    run("quantize.py", tmp_path / "run", "--seeds", 1, "--batches", 2)
 
 
 def test_the_default_name_tells_the_settings_and_the_same_command_resumes(corpus, tmp_path,
@@ -202,7 +230,8 @@ def test_the_best_pair_of_estimators_is_never_one_that_gives_nan(corpus, tmp_pat
 
 @pytest.mark.slow
 def test_json_has_the_same_order_whatever_the_hash_seed(corpus, tmp_path):
-    run("train_opt.py", *SMALL, "--data", corpus, "--steps", 1, "--out", tmp_path / "run")
+    run("train_opt.py", *SMALL, "--data", corpus, "--steps", 1, "--warmup", 0,
+        "--out", tmp_path / "run")
     written = set()
     for seed in "012":
         process = start("quantize.py", tmp_path / "run", "--seeds", 1, "--batches", 1, "--json",

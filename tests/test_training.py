@@ -9,6 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from lab.cures import ATTENTIONS, NORMS
+from minq.data import IGNORE
 from minq.flags import UserError
 from minq.model import FAMILIES
 from minq.outliers import growth, watch
@@ -106,8 +107,10 @@ def test_perplexity_is_of_all_predictions_not_a_mean_of_batches():
 def test_a_loss_that_is_not_a_number_stays_one(logit, perplexity):
     """A NaN is no infinite perplexity, which is what the lab looks for."""
     model = nn.Flatten(0, -2)
-    scores = evaluate(model, [((torch.tensor([[[0.0, logit]]]),), torch.tensor([0]))], CPU)
+    batches = [((torch.tensor([[[0.0, logit]]]),), torch.tensor([x])) for x in (0, IGNORE)]
+    scores, of_nothing = evaluate(model, batches, CPU), evaluate(model, batches[1:], CPU)
     assert scores["perplexity"] == pytest.approx(perplexity, nan_ok=True)
+    assert all(map(math.isnan, of_nothing.values()))  # what is ignored counts nowhere
 
 
 @pytest.mark.parametrize("values, mean, std, shown", [

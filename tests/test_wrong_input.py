@@ -1,8 +1,12 @@
 """Wrong command lines and broken files, over all scripts: exit code 2, one line that names flag or
 file, value and what to do; no traceback, and nothing on the disk lost."""
+import importlib
+import io
 import os
 import shlex
 import shutil
+import sys
+from contextlib import redirect_stdout
 
 import numpy as np
 import pytest
@@ -85,6 +89,7 @@ train_bert --fused --attention clipped        | --fused needs a plain softmax
 train_bert --a-bits 4                         | --a-bits | needs --fake-quant
 train_bert --seq-len 5000                     | --seq-len 5000 | 2250 tokens
 train_bert --ffn 1000000000000                | out of memory
+train_bert --warmup 6                         | --warmup 6: expected fewer than --steps 6
 train_bert --learning-rate 1                  | unrecognized arguments: --learning-rate 1
 train_bert --out ''                           | --out: is empty
 train_bert --out corpus.txt                   | --out corpus.txt: cannot be written | File exists
@@ -153,3 +158,38 @@ def test_only_wrong_input_and_a_lack_of_memory_become_a_line(capsys, action, lin
     err = capsys.readouterr().err
     assert err.startswith(line) and err.count("\n") == 1 if line else not err
     assert not line or raised.value.code == 2
+
+
+# ---- output that goes nowhere, or in another encoding ----
+
+@pytest.mark.parametrize("script", [
+    "quantize", "lab.damage", "lab.remedies", "lab.analyze", "lab.integer"])
+def test_numbers_are_written_before_they_are_printed(world, tmp_path, script):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    options = [] if script == "lab.analyze" else ["--batches", "1"]
+    with redirect_stdout(Closed()), pytest.raises(BrokenPipeError):
+        importlib.import_module(script).main(
+            [str(world / "bert"), *options, "--eval-batches", "1", "--json", f"{tmp_path}/x.json"])
+    assert (tmp_path / "x.json").stat().st_size > 100
+
+
+def test_what_an_encoding_lacks_becomes_a_question_mark(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", out)
+    one_line_errors(lambda argv: print("ö ± ↑", flush=True))()
+    assert out.buffer.getvalue() == "ö ± ?".encode("cp1252") + os.linesep.encode()
+
+
+@pytest.mark.slow
+def test_names_beyond_ascii_in_a_locale_without_them(corpus, tmp_path):
+    shutil.copy(corpus, tmp_path / "tëxt→.txt")
+    for script, *options in [
+            small("train_bert.py", tmp_path / "tëxt→.txt", None) + ["--out", tmp_path / "rün→"],
+            ["train_bert.py", "--resume", "--out", tmp_path / "rün→"],
+            ["quantize.py", tmp_path / "rün→", "--batches", 1, "--json", tmp_path / "→.json"]]:
+        process = start(script, *options, env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0"})
+        assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert (tmp_path / "→.json").exists()

@@ -37,7 +37,7 @@ def main(argv=None):
         slim["args"]["data"] = "../stdlib.txt"
         slim["data_sha256"] = excerpt(load_text("stdlib"), checkpoint["data_sha256"])
     write_atomically(folder / "checkpoint.pt", lambda file: torch.save(slim, file))
-    write_atomically(folder / "metrics.jsonl", Path(args.run, "metrics.jsonl").read_text())
+    write_atomically(folder / "metrics.jsonl", Path(args.run, "metrics.jsonl").read_text("utf-8"))
     print(f"{folder}: {(folder / 'checkpoint.pt').stat().st_size / 1e6:.1f} MB")
 
 
