@@ -2,6 +2,7 @@
 
     python -m lab.convert sentence-transformers/all-MiniLM-L6-v2       from the Hugging Face Hub
     python -m lab.convert FOLDER --out runs/mine           config.json, weights, tokenizer's files
+    python -m lab.convert FOLDER --rows --text FILE        a BERT of sequences, one per line
     python -m lab.convert google/vit-base-patch16-224 --images FOLDER    as in train_vit.py --data
 
 It needs pip install -e '.[pretrained]', and reads BERT with its masked-LM head or without any, OPT
@@ -41,6 +42,7 @@ def main(argv=None):
     add("--out", type=flags.place, metavar="RUN", help="by default runs/ and the name's last part")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--text", type=flags.source(TEXTS), help="stdlib (by default), or a file or folder of text")
+    add("--rows", action="store_true", help="each line is [CLS] line [SEP], of T tokens")
     add("--images", type=flags.source(IMAGES), help="shapes (by default), cifar10, or a folder")
     add("--seq-len", type=flags.positive, help="T; by default 128 for BERT, 512 for OPT")
     add("--batch-size", type=flags.positive, default=8, help="sequences or images per batch")
@@ -54,11 +56,11 @@ def main(argv=None):
     folder, revision = (Path(args.name), None) if os.path.isdir(args.name) else download(args.name)
     model = convert(folder, args.seq_len)
     is_vit, config = model.family == "vit", model.config
-    if any([args.text, args.seq_len] if is_vit else [args.images]):
-        raise UserError(f"{folder}: {model.family}; --images is for a ViT, --text, --seq-len not")
+    unread = [args.text, args.seq_len] if is_vit else [args.images]
+    if any(unread) or args.rows and model.family != "bert":
+        raise UserError(f"{folder}: {model.family}; --images is for a ViT, --text, --seq-len not, "
+                        "--rows for a BERT")
     settings = vars(args) | dict(revision=revision, data=args.images or "shapes", seed=0, steps=0)
-    checkpoint = {"format": "minq 1", "family": model.family, "config": vars(config), "step": 0,
-                  "args": settings, "model": model.state_dict()}
 
     # ---- its data, and the run: complete, or not there at all ----
     new = Path(f"{os.path.realpath(out)}.unfinished")  # --out may be . or a link
@@ -66,7 +68,9 @@ def main(argv=None):
         with flags.writing(f"--out {out}"):
             new.mkdir(parents=True, exist_ok=True)
             if not is_vit:
-                settings |= tokenize(folder, model, args.text or "stdlib", new / "tokens.bin")
+                settings |= tokenize(folder, model, args, new / "tokens.bin")
+            checkpoint = {"format": "minq 1", "family": model.family, "config": vars(config),
+                          "step": 0, "args": settings, "model": model.state_dict()}
             data = open_data(checkpoint, settings["data"] if is_vit else str(new / "tokens.bin"))
             with open(new / "checkpoint.pt", "wb") as file:  # given a name it hides a full disk
                 torch.save(checkpoint | {"data_sha256": data.sha256}, file)
@@ -132,27 +136,40 @@ def one_line(error):
 
 # ---- text ----
 
-def tokenize(folder, model, source, path):
+def tokenize(folder, model, args, path):
     """Write text in the model's own tokens to `path`, a .bin, and their words beside it. Returns
-    what the run's settings tell about them."""
+    what the run's settings tell about them.
+
+    With --rows T becomes the length whose lines hold the most tokens, or --seq-len if that is less;
+    longer lines are cut to it, and shorter ones are left out: no row is padded.
+    """
     # 4 MiB are more than calibration and evaluation need
-    text = bytes(load_text(source).tokens[:4 * 2 ** 20]).decode(errors="replace")
-    lines = re.split(r"(?<=\S\n)(?=\S)", text)  # where none needs the next; at once it takes 2 GB
+    text = bytes(load_text(args.text or "stdlib").tokens[:4 * 2 ** 20]).decode(errors="replace")
+    # pieces where none needs the next; all at once take 2 GB
+    lines = text.split("\n") if args.rows else re.split(r"(?<=\S\n)(?=\S)", text)
     try:
         tokenizer = read_tokenizer(folder, model.family)
-        tokens = [i for x in lines for i in tokenizer.encode(x, add_special_tokens=False).ids]
+        found = [tokenizer.encode(line, add_special_tokens=False).ids for line in lines]
         words = {i: word for word, i in tokenizer.get_vocab().items()}
         ids = [tokenizer.get_vocab()[word] for word in SPECIALS[model.family].split()]
         if max(words) >= min(model.config.vocab_size, 2 ** 16):
             raise UserError(f"it has ids up to {max(words)}, more than the model or a .bin holds")
     except Exception as error:  # the tokenizers library raises plain Exceptions
         raise UserError(f"{folder}: its tokenizer cannot be used: {one_line(error)}") from None
-    np.array(tokens, dtype="<u2").tofile(path)
+    if args.rows:
+        lengths, positions = [*map(len, found)], model.position_embedding.weight
+        T = min(len(positions), 2 + int(np.bincount(lengths, lengths).argmax()))
+        model.config.seq_len, positions.data = T, positions.data[:T].clone()
+        found = [[ids[1], *x[:T - 2], ids[2]] for x in found if len(x) >= T - 2]
+        print(f"{len(found)} of {len(lengths)} lines are rows of {T} tokens; others are shorter")
+        found = found[:len(found) // 10 * 10]  # so that the validation part begins with a row
+    np.array([i for x in found for i in x], dtype="<u2").tofile(path)
     # a few vocabularies skip ids; those of bytes have letters for the space and the line's end
     shown = json.dumps([words.get(i, str(i)) for i in range(max(words) + 1)], ensure_ascii=False)
     path.with_suffix(".json").write_text(shown.replace("Ġ", "␣").replace("Ċ", "↵"), "utf-8")
     return {"data": path.name, "vocab_size": model.config.vocab_size, "special_ids": ids,
-            "seq_len": model.config.seq_len, "mask_prob": 0.15 * (model.metric == "perplexity")}
+            "seq_len": model.config.seq_len, "mask_prob": 0.15 * (model.metric == "perplexity"),
+            "documents": "rows" if args.rows else None}
 
 
 def read_tokenizer(folder, family):

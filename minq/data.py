@@ -54,8 +54,9 @@ def load_text(source, vocab_size=None, special_ids=None, documents=None):
     A .bin needs `vocab_size`; its special tokens are `special_ids` (pad, cls, sep, mask), or follow
     the vocabulary; a list of its words may lie beside it, as .json. With `documents` the tokens
     are [CLS] document [SEP] [CLS] document [SEP] ..., as the authors concatenate theirs: each file
-    or each line that is not blank; "tokens" says that a .bin is such a stream already. Raises
-    UserError for anything that cannot be read.
+    or each line that is not blank; "tokens" says that a .bin is such a stream already, "rows" that
+    it holds rows of T tokens (lab.convert --rows). Raises UserError for anything that cannot be
+    read.
     """
     path, is_bin = Path(source), str(source).endswith(".bin")
     if is_bin != (vocab_size is not None) or special_ids and not is_bin:
@@ -78,7 +79,7 @@ def load_text(source, vocab_size=None, special_ids=None, documents=None):
                         f"--vocab-size is {vocab_size}")
     ids = special_ids or range(vocab_size, vocab_size + 4)
     is_bytes, sha256 = not is_bin and vocab_size == BYTES, hashlib.sha256(tokens).hexdigest()
-    if documents and is_bytes == (documents == "tokens"):
+    if documents and is_bytes == (documents in ("tokens", "rows")):
         raise UserError(f"--data {source}: --documents files or lines is for text, tokens for .bin")
     if documents in ("files", "lines"):
         parts = tokens.tobytes().splitlines() if documents == "lines" else files
@@ -186,14 +187,16 @@ class Windows:
     """Windows of a text: at random places for training, evenly spread and apart for validation.
 
     length: of a window, with the specials `ends` that stand before and after its tokens. A text of
-    documents has specials of its own, and its windows are tokens as they come. A subclass turns
-    tokens (size, length), and which of them are special, into (tokens, labels) with `sequences`.
+    documents has specials of its own, and its windows are tokens as they come; of rows each window
+    is one. A subclass turns tokens (size, length), and which of them are special, into (tokens,
+    labels) with `sequences`.
     """
 
     def __init__(self, text, seq_len, length, ends):
         self.text, self.seq_len, self.sha256 = text, seq_len, text.sha256
         self.ends = [] if text.documents else ends
         self.window = length - len(self.ends)
+        self.stride = self.window if text.documents == "rows" else 1  # between starts in training
         self.specials = [text.pad, text.cls, text.sep, text.mask]
         self.sizes = {"seq_len": seq_len, "vocab_size": text.vocab_size}  # what a model must take
         if self.window < 1:
@@ -214,8 +217,8 @@ class Windows:
     def train_batch(self, seed, step, size):
         """(tokens, labels), int64 (size, T), always the same for the same (seed, step)."""
         rng = np.random.default_rng((seed, step))
-        starts = rng.integers(len(self.train) - self.window + 1, size=size)
-        return self.gathered(self.train, starts, rng)
+        starts = rng.integers((len(self.train) - self.window) // self.stride + 1, size=size)
+        return self.gathered(self.train, starts * self.stride, rng)
 
     def validation_batches(self, size, batches, rank=0, world=1):
         """Up to `batches` pairs (tokens, labels), always the same, that do not overlap."""

@@ -380,6 +380,24 @@ def test_line_by_line_tokens_are_those_of_the_whole_text(hub, tmp_path, kind, ma
     assert tokens == make().encode(text, add_special_tokens=False).ids
 
 
+def test_rows_are_whole_lines_of_one_length(hub, tmp_path):
+    """Of five tokens, "brown" being two; a longer line is cut, shorter ones are left out."""
+    words, source = SENTENCE.split(), tmp_path / "t.txt"
+    lines = [words[i % 3:][:4] + words[:i % 3] * (i % 5 == 0) for i in range(62)]
+    source.write_text("\n".join(["the", "", *map(" ".join, lines), "the fox"]), "utf-8")
+    run("lab.convert", hub("masked"), "--rows", "--text", source, "--out", tmp_path / "run")
+    data, model = open_run(tmp_path / "run", CPU)[3:1:-1]
+    pieces = [" ".join(line).replace("brown", "br ##own").split() for line in lines]
+    T = 2 + max(map(len, pieces), key=lambda n: n * [*map(len, pieces)].count(n))
+    rows = {("[CLS]", *line[:T - 2], "[SEP]") for line in pieces if len(line) >= T - 2}
+    tokens, labels = data.train_batch(0, 0, 99)
+    found = np.where(labels < 0, tokens, labels)
+    assert {tuple(data.text.words[i] for i in row) for row in found} <= rows
+    assert len(model.position_embedding.weight) == model.config.seq_len == T == tokens.shape[1]
+    for tokens, _ in data.validation_batches(4, 99):
+        assert (tokens[:, 0] == data.text.cls).all() and (tokens[:, -1] == data.text.sep).all()
+
+
 def test_byte_level_bpe_loses_nothing(hub, tmp_path):
     folder, text = hub("opt"), "".join(f"{i}: {SENTENCE}\u00e9\n" for i in range(500))
     (folder / "tokenizer.json").unlink()
@@ -469,7 +487,7 @@ def test_timms_other_models(tmp_path, changed, tensors, reason):
 @pytest.mark.parametrize("kind, words, reason", [
     ("masked", ("--images", "shapes"), "--images is for a ViT"), ("vit", ("--seq-len", 8), ": vit"),
     ("masked", ("--seq-len", 21), "--seq-len 21"), ("opt", ("--text", "none"), "--text "),
-    ("vit", ("--images", "none"), "--images ")])
+    ("vit", ("--images", "none"), "--images "), ("opt", ("--rows",), "--rows for a BERT")])
 def test_flags_that_do_not_fit(published, tmp_path, kind, words, reason):
     assert reason in refused(published[kind], tmp_path / "run", *words)
 
