@@ -55,11 +55,10 @@ def main(argv=None):
     # ---- the model ----
     folder, revision = (Path(args.name), None) if os.path.isdir(args.name) else download(args.name)
     model = convert(folder, args.seq_len)
-    is_vit, config = model.family == "vit", model.config
-    unread = [args.text, args.seq_len] if is_vit else [args.images]
-    if any(unread) or args.rows and model.family != "bert":
-        raise UserError(f"{folder}: {model.family}; --images is for a ViT, --text, --seq-len not, "
-                        "--rows for a BERT")
+    is_bert, is_vit, config = model.family == "bert", model.family == "vit", model.config
+    if (args.text or args.seq_len if is_vit else args.images) or args.rows and not is_bert:
+        raise UserError(f"{folder}: {model.family}; --images is for a ViT, --rows for a BERT, "
+                        "--text and --seq-len for both of text")
     settings = vars(args) | dict(revision=revision, data=args.images or "shapes", seed=0, steps=0)
 
     # ---- its data, and the run: complete, or not there at all ----
