@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.backcopy, lab.cures, lab.muon, lab.repair  # names of flags
+import lab.backcopy, lab.cures, lab.muon, lab.repair  # noqa: F401, what more flags name
 from minq import flags
 from minq.data import IGNORE, MaskedText, load_text
 from minq.fake_quant import fake_quantize_training

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.cures, lab.muon, lab.repair  # names of flags
+import lab.cures, lab.muon, lab.repair  # noqa: F401, what more flags name
 from minq import flags
 from minq.augment import PIECES, Draws, augment
 from minq.fake_quant import fake_quantize_training
