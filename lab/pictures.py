@@ -1,0 +1,106 @@
+"""The pictures of the pages in docs/, drawn from what is recorded in results/.
+
+    python -m lab.pictures --out docs/      # pip install -e '.[plots]'
+
+A dot is a training seed. "Bits needed" stands between two measured widths, where 20% of the
+perplexity are lost (tables.where_passed).
+"""
+import csv
+import json
+import re
+from pathlib import Path
+from statistics import mean
+
+from lab import figures, tables
+from minq import flags
+
+RESULTS = Path(__file__).parent.parent / "results"
+NEEDED, LOST, ABOVE = "bits needed (20% lost)", "% of perplexity lost", "% above plain softmax"
+STYLES = {"vanilla": {"color": figures.RED, "marker": "o", "label": "plain softmax"},
+          "clipped": {"color": figures.BLUE, "marker": "s", "label": "clipped softmax"},
+          "gated": {"color": figures.GREEN, "marker": "^", "label": "gate"}}
+
+
+def recorded(name, family="bert"):
+    rows = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return [row for row in rows if row["family"] == family and row["metric"] == "perplexity"]
+
+
+def lost(row, found):
+    """Percent of perplexity, of each training seed."""
+    return [100 * (mean(each) / fp - 1) for each, fp in zip(found["all"], row["fp"]["all"])]
+
+
+def needed(row):
+    """Bits, of each training seed: "6.98 (6.38, 7.38)" has the mean before several."""
+    return [*map(float, re.findall(r"[\d.]+", tables.bits_at_loss(row))[-len(row["seeds"]):])]
+
+
+def bits(ax):
+    for row in recorded("bits"):
+        style, widths = STYLES[row["attention"]], [*row["quantized"].values()][:4]
+        band = zip(*(sorted(lost(row, found)) for found in widths))
+        ax.fill_between(list("8765"), *band, color=style["color"], alpha=0.2)
+        ax.plot([tables.cost(row, found) for found in widths], "-", **style)
+    ax.set(yscale="log", ylabel=LOST, xlabel="bits of weights and activations")
+
+
+def rates(ax):
+    for row in recorded("rates"):
+        ax.scatter(row["fp"]["all"], needed(row), 60, **STYLES[row["attention"]],
+                   facecolors="none" if row["x"] == "0.0009" else None)
+    ax.set(xlabel="perplexity (learning rate: 1.5e-3 filled, 9e-4 open)", ylabel=NEEDED)
+
+
+def gamma(norm, bits):
+    rows = [row for row in recorded("table4") if row["attention"] != "gated"]
+    x = [-100 * (row["settings"]["gamma"] or 0) for row in rows]
+    paper = [float(row["published"].split("|")[1].split()[0]) for row in rows]
+    norm.plot(x, paper, "k--", marker="x", label="the paper's BERT-base")
+    norm.plot(x, [row["max_inf_norm"]["mean"] for row in rows], "-o", label="ours")
+    bits.plot(x, [needed(row) for row in rows], "-o")
+    norm.set(yscale="log", ylabel="max inf norm", xlabel="-100 gamma (0: plain softmax)")
+    bits.set(ylabel=NEEDED, xlabel="-100 gamma (0: plain softmax)")
+
+
+def cures(bits, paid):
+    rows = [*csv.DictReader((RESULTS / "cures-bert-seeds.csv").read_text().splitlines())]
+    for row, plain in zip(rows, rows[:2] * len(rows)):
+        name, more = row["attention"], 100 * (float(row["FP"]) / float(plain["FP"]) - 1)
+        for ax, x, label in ((bits, float(row[NEEDED]), NEEDED), (paid, more, ABOVE)):
+            ax.scatter(x, name, 30, **STYLES.get(name, {"color": "black", "marker": "d"}))
+            ax.set(xlabel=label)
+
+
+def remedies(bert, opt):
+    for ax, family in ((opt, "opt"), (bert, "bert")):  # OPT has more remedies: a row for each
+        for row in recorded("remedies", family):
+            for remedy in row["remedies"]:
+                for x in lost(row, remedy["quantized"].get("6x6", {"all": []})):
+                    ax.scatter(x, remedy["remedy"], 30, **STYLES[row["attention"].split("-")[-1]])
+        ax.set(xscale="log", xlabel=f"{LOST} at 6 bits", title=family.upper())
+
+
+PICTURES = ((bits, 1, 4.5), (rates, 1, 4.5), (gamma, 2, 4), (cures, 2, 5.5), (remedies, 2, 5))
+
+
+@flags.one_line_errors
+def main(argv=None):
+    parser = flags.Parser(__doc__)
+    parser.add_argument("--out", type=flags.place, default="docs", help="folder of the pictures")
+    args = parser.parse_args(argv)
+    for draw, columns, height in PICTURES:
+        down = draw in (cures, remedies)  # a row for each name
+        with figures.sheet(None, 1, columns, 9, height, sharey=down) as (figure, axes):
+            draw(*axes[0])
+            for axis in (axes[0, 0].yaxis, *(ax.xaxis for ax in axes[0])):
+                if axis.get_scale() == "log":
+                    figures.plain_log_ticks(axis)
+            axes[0, 0].yaxis.set_inverted(down)
+            legend = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))
+            figure.legend(legend.values(), legend, loc="outside upper center", ncols=3)
+            figure.savefig(Path(args.out, f"{draw.__name__}.png"))
+
+
+if __name__ == "__main__":
+    main()
