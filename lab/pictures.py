@@ -15,7 +15,8 @@ from lab import figures, tables
 from minq import flags
 
 RESULTS = Path(__file__).parent.parent / "results"
-NEEDED, LOST, ABOVE = "bits needed (20% lost)", "% of perplexity lost", "% above plain softmax"
+NEEDED, LOST = "bits needed (20% lost)", "% of perplexity lost"
+ABOVE = "perplexity, % above plain softmax"
 STYLES = {"vanilla": {"color": figures.RED, "marker": "o", "label": "plain softmax"},
           "clipped": {"color": figures.BLUE, "marker": "s", "label": "clipped softmax"},
           "gated": {"color": figures.GREEN, "marker": "^", "label": "gate"}}
