@@ -163,7 +163,7 @@ def curves(runs, title, xlabel="step"):
     return figure
 
 
-# ---- how far an outlier grows with the width of the model (docs/law.md) ----
+# ---- how far an outlier grows with the width of the model (docs/recipe.md) ----
 
 def height_of(kurtosis, n):
     """max / sigma of one outlier among n - 1 Gaussian values, given their kurtosis (not excess).

@@ -177,7 +177,7 @@ def weights_sha256(folder):
 
 
 # One thread: sums come out the same however many cores there are, and runs side by side use the
-# cores better. The C library keeps freed memory for the next tensor (docs/speed.md).
+# cores better. The C library keeps freed memory for the next tensor (docs/engineering.md).
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_": str(2 ** 28),
                "MALLOC_TRIM_THRESHOLD_": str(2 ** 34)}
 
