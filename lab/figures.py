@@ -163,53 +163,6 @@ def curves(runs, title, xlabel="step"):
     return figure
 
 
-# ---- how far an outlier grows with the width of the model (docs/recipe.md) ----
-
-def height_of(kurtosis, n):
-    """max / sigma of one outlier among n - 1 Gaussian values, given their kurtosis (not excess).
-
-    It is (3 n + r^4) / n over ((n + r^2) / n)^2: a quadratic equation in r^2.
-    """
-    root = math.sqrt(kurtosis ** 2 + (n - kurtosis) * (kurtosis - 3))
-    return math.sqrt(n * (kurtosis + root) / (n - kurtosis))
-
-
-# (label, d, max / sigma), from Table 2's kurtosis of a sample's T * d values. One outlier per
-# sample is assumed, and the kurtosis is a mean over layers, with and without outliers: good to a
-# factor of 1.5. A line break moves a label off its neighbour.
-PUBLISHED = (
-    ("BERT-base", 768, height_of(3076, 128 * 768)),
-    ("OPT-125m", 768, height_of(1777, 512 * 768)),
-    ("ViT-S/16", 384, height_of(1018.3, 197 * 384)),
-    ("BERT-base, clipped\n", 768, height_of(80, 128 * 768)),
-    ("\nOPT-125m, gated", 768, height_of(18.9, 512 * 768)),
-    ("\n\nViT-S/16,\npatch LN, gated", 384, height_of(19.9, 197 * 384)))
-
-
-def law(table):
-    """max / sigma over d, a line per family and attention, on log scales, of the results that
-    `lab.reproduce law` has; squares: PUBLISHED; dotted: 1, 2, 5 and 10 times sqrt(d)."""
-    lines, widths = {}, np.array((24, 1000))
-    for row in table["rows"]:
-        points = lines.setdefault(row["line"], [])
-        points += [(int(row["x"]), height) for height in row["max_over_sigma"]["all"]]
-    with sheet(table["title"], 1, 1, 8, 5.5) as (figure, axes):
-        ax = axes[0, 0]
-        for line, points in lines.items():
-            ax.plot(*zip(*sorted(points)), marker="o", label=line)
-        for label, d, height in PUBLISHED:
-            ax.plot(d, height, "s", color="black", fillstyle="none")
-            ax.text(0.97 * d, height, label, fontsize=7, ha="right", va="center")
-        for times in (1, 2, 5, 10):
-            ax.plot(widths, times * np.sqrt(widths), ":", color="grey", linewidth=0.8)
-            ax.text(1000, times * math.sqrt(1000), f" {times}√d", color="grey", va="center")
-        ax.set(xscale="log", yscale="log", xlabel="width d", ylabel="max / sigma, worst layer")
-        plain_log_ticks(ax.xaxis)
-        plain_log_ticks(ax.yaxis)
-        ax.legend(loc="upper left")
-    return figure
-
-
 # ---- the noise budget ----
 
 def budget(rows):

@@ -88,11 +88,12 @@ PICTURES = ((bits, 1, 4.5), (rates, 1, 4.5), (gamma, 2, 4), (cures, 2, 5.5), (re
 @flags.one_line_errors
 def main(argv=None):
     parser = flags.Parser(__doc__)
-    parser.add_argument("--out", type=flags.place, default="docs", help="folder of the pictures")
+    parser.add_argument("--out", type=flags.place, required=True, help="folder of the pictures")
     args = parser.parse_args(argv)
     for draw, columns, height in PICTURES:
         down = draw in (cures, remedies)  # a row for each name
-        with figures.sheet(None, 1, columns, 9, height, sharey=down) as (figure, axes):
+        sheet = figures.sheet(None, 1, columns, 9, height, sharey=down)
+        with flags.writing(args.out), sheet as (figure, axes):
             draw(*axes[0])
             for axis in (axes[0, 0].yaxis, *(ax.xaxis for ax in axes[0])):
                 if axis.get_scale() == "log":

@@ -269,8 +269,7 @@ def draw(table, path, xlabel):
         line: {name: ([row["x"] for row in rows], [four(row)[name]["mean"] for row in rows])
                for name in four(rows[0])} for line, rows in lines.items()},
         f"{family}: {table['title']}", xlabel) for family, lines in families.items()}
-    law = table["columns"] == "law"
-    save_pictures(path.parent, {path.name: ("law", table)} if law else pictures)
+    save_pictures(path.parent, pictures)
 
 
 def save_pictures(folder, pictures):

@@ -243,7 +243,7 @@ class ViT(nn.Module):
     family, config_class, metric = "vit", ViTConfig, "accuracy"
     hidden_tap = "final_norm"
     norm_tap = "layer_output"
-    kurtosis_taps = Bert.kurtosis_taps  # nobody published code
+    kurtosis_taps = Bert.kurtosis_taps  # no code is published
     float_modules = ()
     final_linear = "head"  # stays in floating point in fake-quantized training
 

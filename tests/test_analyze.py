@@ -242,23 +242,6 @@ def test_points_and_cells_are_numbered():
     assert words(figure.axes[0].texts) == ["1", "40", "inf", "20"]
 
 
-@pytest.mark.parametrize("r", [10, 40, 150])
-def test_the_height_of_an_outlier_from_its_kurtosis(r):
-    """One value r among many of deviation 1: moments written out, r is what comes back."""
-    n = 128 * 768
-    kurtosis = ((n - 1) * 3 + r ** 4) / n / (((n - 1) + r ** 2) / n) ** 2
-    assert figures.height_of(kurtosis, n) == pytest.approx(r, rel=0.02)
-
-
-def test_the_law_is_drawn():
-    row = lambda x, heights: {"line": "BERT", "x": x, "max_over_sigma": {"all": heights}}
-    rows = [row("64", [30.0, 20.0]), row("32", [15.0])]
-    (ax,) = drawn(figures.law({"title": "law", "rows": rows})).axes
-    assert lines(ax)["BERT"] == [(32, 15), (64, 20), (64, 30)]
-    squares = [tuple(line.get_xydata()[0]) for line in ax.lines if line.get_marker() == "s"]
-    assert squares == [point[1:] for point in figures.PUBLISHED]
-
-
 # ---- the script ----
 
 def analyzed(folder, *arguments):

@@ -1,4 +1,5 @@
-"""The pages keep their word: links lead somewhere, commands parse, the README's code runs."""
+"""The pages keep their word: links lead somewhere, commands parse, the README's code runs, and
+their English is plain."""
 import contextlib
 import importlib
 import io
@@ -57,6 +58,26 @@ def test_links_are_found():
     target = ROOT / "docs" / "../minq/attention.py"
     assert ("`clipped_softmax`", target, "") in links(ROOT / "docs" / "paper.md")
     assert defines(target, "ATTENTIONS") and not defines(target, "ATTENTION")
+
+
+# ---- words ----
+
+CUTE = r"\b(luck\w*|patients?|diseases?|witness\w*|hesitat\w*|nobody|a fifth)\b"  # and vague
+UNWRITTEN = {ROOT / name for name in (  # to be rewritten, and to leave this list then
+    "README.md", "docs/lesson.md", "docs/teaching.md", "docs/exercises.md", "exercises/README.md")}
+SOURCES = [path for folder in ("", "minq", "lab", "zoo", "exercises")
+           for kind in ("*.py", "*.toml") for path in (ROOT / folder).glob(kind)]
+
+
+@pytest.mark.parametrize("path", [path for path in [*PAGES, *SOURCES] if path not in UNWRITTEN],
+                         ids=lambda path: str(path.relative_to(ROOT)))
+def test_words_are_plain_and_lines_of_pages_short(path):
+    text = path.read_text()
+    assert not re.findall(CUTE, text, re.IGNORECASE)
+    if path.suffix == ".md":
+        prose = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+        assert not re.search(r"\brefus", prose)  # scripts may refuse, models do not
+        assert not [line for line in prose.splitlines() if len(line) > 120 and line[0] != "|"]
 
 
 # ---- commands ----
@@ -137,3 +158,20 @@ def test_the_variant_in_the_readme_is_one(monkeypatch):
     model(torch.arange(8)[None])
     assert (rows[0] > 0).sum(-1).unique().tolist() == [1, 2, 3, 4]
     torch.testing.assert_close(rows[0].sum(-1), torch.ones(1, 4, 8))
+
+
+# ---- pictures ----
+
+@pytest.mark.slow
+def test_pictures_are_of_the_recorded_results_and_shown(tmp_path):
+    pytest.importorskip("matplotlib", reason="pip install -e '.[plots]'")
+    from lab import pictures
+    pictures.main(["--out", str(tmp_path)])
+    shown = {path for page in PAGES for _, path, _ in links(page)}
+    assert {ROOT / "docs" / path.name for path in tmp_path.iterdir()} <= shown
+    plain = pictures.recorded("bits")[0]  # what docs/results.md says of it
+    assert pictures.needed(plain) == [6.38, 7.38]
+    lost = pictures.lost(plain, plain["quantized"]["8x8"])
+    assert [round(x, 1) for x in lost] == [1.5, 5.3]
+    with pytest.raises(SystemExit):
+        pictures.main(["--out", str(tmp_path / "nowhere")])
