@@ -145,7 +145,7 @@ def predict(tensors, bits, changed=(), change=None):
 
 
 def bits_needed(tensors):
-    """The bits at which a fifth of perplexity is lost: nats go with 1 / (2^b - 1)^2."""
+    """The bits at which 20% of perplexity are lost: nats go with 1 / (2^b - 1)^2."""
     nats = sum(noise(x, "nats", 8) for x in tensors.values())
     return math.log2(1 + 255 * math.sqrt(nats / math.log(1.2)))
 

@@ -29,7 +29,7 @@ def one_line_errors(main):
     """
     @functools.wraps(main)
     def guarded(argv=None):
-        if os.path.expanduser("~") == "~":  # nobody knows a home, so no ~/.cache for downloads
+        if os.path.expanduser("~") == "~":  # no home is known, so no ~/.cache for downloads
             os.environ.setdefault("XDG_CACHE_HOME", tempfile.gettempdir())
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # an arrow that its encoding has not becomes ?

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "exercises" / "README.md", ROOT / "zoo" / "README.md",
          *sorted((ROOT / "docs").glob("*.md"))]
-AWAITED = {ROOT / "docs" / name for name in ("cause.md", "budget.md")}  # linked, not yet written
+AWAITED = {ROOT / "docs" / "cause.md"}  # linked, not yet written
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 

@@ -20,7 +20,8 @@ from minq import flags
 from running import ROOT, SMALL, run
 
 ARGS = dict(steps=None, runs="runs/reproduce")
-RESULTS = sorted((ROOT / "results").glob("*.json"))
+RESULTS = [path for path in sorted((ROOT / "results").glob("*.json"))
+           if "columns" in json.loads(path.read_text())]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
