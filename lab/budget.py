@@ -42,13 +42,12 @@ import re
 import torch
 import torch.nn.functional as F
 
-import lab.cures  # noqa: F401, runs with such an attention open
 from lab.damage import last_states, scores
+from lab.opened import open_runs
 from lab.tables import markdown, save_pictures, write_json
 from minq import flags
 from minq.quant import ActivationQuantizer, percentile_of, quantize_model
-from minq.runs import open_run
-from minq.training import pick_device, to_device
+from minq.training import to_device
 
 
 class Ear(ActivationQuantizer):
@@ -210,8 +209,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.out and not args.measure:
         raise flags.UserError("--out draws predictions beside what happens; it needs --measure")
-    device, found = pick_device(args.device), []
-    for run in [open_run(name, device, args.data) for name in args.runs]:
+    found = []
+    for run in open_runs(args):
         tensors, rows = gains(run, args.batches), []
         for bits in args.bits:
             measured = measure(run, bits, args.batches, args.eval_batches) if args.measure else {}

@@ -21,13 +21,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
+from lab.opened import open_runs
 from lab.tables import METRICS, markdown, save_pictures, write_json
 from minq import flags
 from minq.outliers import growth, listening, watch
 from minq.quant import ActivationQuantizer, quantize_model
-from minq.runs import open_run
-from minq.training import pick_device, to_device
+from minq.training import to_device
 
 TOGETHER = {"nothing": "", "all activations": "*_tap", "all weights": "*.weight", "everything": "*"}
 
@@ -154,18 +153,14 @@ def main(argv=None):
     parser.add_argument("--layers", action="store_true", help="also every tensor of every layer")
     parser.add_argument("--out", type=flags.place, metavar="FOLDER", help="draw --layers there")
     args = parser.parse_args(argv)
-    device, rows = pick_device(args.device), []
-    for run in [open_run(name, device, args.data) for name in args.runs]:
-        row = damage(run, args.bits, args.batches, args.eval_batches, args.layers or args.out)
-        rows.append(row)
+    layers, rows = args.layers or args.out, []
+    for run in open_runs(args):
+        rows.append(damage(run, args.bits, args.batches, args.eval_batches, layers))
         write_json(args.json, rows)
-        print_tables(row)
+        print_tables(rows[-1])
     if args.out:
-        sqnr = lambda row: torch.tensor([[x["sqnr"] for x in places]
-                                         for places in row["layers"].values()]).numpy()
-        save_pictures(args.out, {f"damage-{Path(row['run']).name}": (
-            "damage", [*row["layers"]], sqnr(row), "{run}, {bits} bits".format(**row))
-            for row in rows})
+        save_pictures(args.out, {f"damage-{Path(row['run']).name}": ("damage", row)
+                                 for row in rows})
 
 
 if __name__ == "__main__":

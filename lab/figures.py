@@ -129,9 +129,12 @@ def heads(measures, title):
     return figure
 
 
-def damage(kinds, sqnr, title):
-    """SQNR in dB (kinds, layers), a cell per tensor with its number: the darker, the more harm."""
-    layers = range(sqnr.shape[1])
+def damage(row):
+    """lab/damage.py's SQNR with `layers`, a cell per tensor with its number: the darker, the more
+    harm."""
+    kinds = [*row["layers"]]
+    sqnr = np.array([[x["sqnr"] for x in places] for places in row["layers"].values()])
+    layers, title = range(sqnr.shape[1]), "{run}, {bits} bits".format(**row)
     with sheet(title, 1, 1, 3 + 0.6 * len(layers), 1.5 + 0.3 * len(kinds)) as (figure, axes):
         ax = axes[0, 0]
         image = ax.imshow(sqnr, AMOUNT, vmin=0, vmax=50)

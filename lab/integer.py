@@ -25,7 +25,6 @@ The metric is the simulation's to three or four digits: float32 rounds its sums,
 so that a value halfway between two points of the next grid may fall to the other side.
 """
 import copy
-import json
 import statistics
 from operator import truediv
 
@@ -33,16 +32,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.damage import last_states, scores
-from lab.tables import markdown
+from lab.opened import open_runs
+from lab.tables import markdown, write_json
 from lab.timing import in_turns
 from minq import flags
 from minq.attention import Tap
 from minq.flags import UserError
 from minq.quant import ActivationQuantizer, quantize, quantize_model
-from minq.runs import open_run
-from minq.training import pick_device, to_device
+from minq.training import to_device
 
 SHIFT = 128  # the grid 0 .. 255 as int8: integers and zero point both move by it, and q - z stays
 
@@ -162,8 +160,8 @@ def main(argv=None):
     parser.add_argument("--w-granularity", choices=("tensor", "channel"), default="tensor",
                         help="weights that share a scale")
     args = parser.parse_args(argv)
-    device, rows = pick_device(args.device), []
-    for run in [open_run(name, device, args.data) for name in args.runs]:
+    rows = []
+    for run in open_runs(args):
         simulated = quantize_model(run.model, args.w_bits, args.a_bits,
                                    w_granularity=args.w_granularity)
         run.calibrate(simulated, 0, args.batches)
@@ -174,8 +172,7 @@ def main(argv=None):
             "simulated": metric(simulated), "integer": metric(model),
             "bytes": sum(x.nbytes for x in model.state_dict().values()),
             "bytes_fp32": sum(x.nbytes for x in run.model.parameters()), **speedups(run, model)})
-    if args.json:
-        flags.write_atomically(args.json, json.dumps(rows, indent=1) + "\n")
+    write_json(args.json, rows)
     print(markdown([{
         "run": row["run"], "simulated": f"{row['simulated']:.4g}",
         "on integers": f"{row['integer']:.4g}",

@@ -17,8 +17,8 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.damage import last_states, scores
+from lab.opened import open_runs
 from lab.remove import limits, removed
 from lab.tables import markdown, mean_and_std, remedy_columns, write_json
 from minq import flags
@@ -26,8 +26,6 @@ from minq.fake_quant import token_range
 from minq.outliers import listening
 from minq.quant import (A_ESTIMATORS, ActivationQuantizer, affine_parameters, fake_quantize,
                         quantize_model)
-from minq.runs import open_run
-from minq.training import pick_device
 
 
 # ---- other quantizers ----
@@ -264,7 +262,7 @@ def main(argv=None):
     flags.add_run_flags(parser)
     parser.add_argument("--bits", type=flags.bits, nargs="+", default=[8, 6, 4], help="widths")
     args, rows = parser.parse_args(argv), []
-    for run in [open_run(name, pick_device(args.device), args.data) for name in args.runs]:
+    for run in open_runs(args):
         rows.append({"run": run.name, "metric": run.model.metric, "remedies": compare(
             run, args.bits, args.seeds, args.batches, args.eval_batches)})
         table = [remedy_columns(rows[-1], remedy) for remedy in rows[-1]["remedies"]]

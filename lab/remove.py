@@ -30,15 +30,13 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
 from lab.damage import last_states, scores
+from lab.opened import open_runs
 from lab.survey import DELIMITERS, survey, token_groups, token_names
 from lab.tables import markdown, write_json
 from minq import flags
 from minq.outliers import watch
 from minq.quant import quantize_model
-from minq.runs import open_run
-from minq.training import pick_device
 
 KINDS = ("start", "delimiters", "others")
 REPLACEMENTS = ("zero", "mean", "limit", "control")
@@ -157,7 +155,7 @@ def main(argv=None):
     add("--tokens", choices=("all", *KINDS), nargs="+", default=["all"], help="whose values")
     add("--sigma", type=flags.above_0, default=6.0, help="deviations from mean to limit")
     args = parser.parse_args(argv)
-    runs = [open_run(name, pick_device(args.device), args.data) for name in args.runs]
+    runs = open_runs(args)
     for run in runs:
         blocks, tap = run.model.layers, args.tap or run.model.norm_tap
         if getattr(blocks[0], f"{tap}_tap", None) is None:

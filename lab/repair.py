@@ -1,7 +1,7 @@
 """Repair a trained model: go on from its weights, with a cure put in, or in eight bits.
 
     python train_bert.py --from zoo/bert-long-vanilla --attention gated --steps 5000
-    python -m lab.repair runs/all-MiniLM-L6-v2 --out runs/repaired        towards what it was
+    python -m lab.repair runs/all-MiniLM-L6-v2 --steps 1000               towards what it was
 
 `--from` (in the training scripts): a gate starts as the identity. Its last weights are 0, so that
 it multiplies by pi_init = p whatever its input, and the output projection is divided by p. A
@@ -18,25 +18,20 @@ learned, too (LSQ, arXiv 1902.08153): with y = x / s + z
 A model that predicts is trained on its own task. An encoder without a head is trained towards what
 it was: the squared error of each layer's output over its signal, summed over layers.
 """
-from dataclasses import replace
-
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import lab.cures  # noqa: F401, runs with such an attention open
-from lab.budget import gains
 from lab.damage import last_hidden, last_states, scores, signal_to_noise
+from lab.opened import open_runs
 from lab.tables import write_json
 from minq import flags
-from minq.attention import ATTENTIONS
 from minq.flags import UserError, config_flags, option
 from minq.outliers import listening
-from minq.quant import (ActivationQuantizer, affine_parameters, fake_quantize, grid,
-                        quantize_model)
+from minq.quant import ActivationQuantizer, affine_parameters, fake_quantize, grid, quantize_model
 from minq.runs import open_run
-from minq.training import linear_schedule, pick_device, to_device
+from minq.training import linear_schedule, set_lr, to_device
 
 OF_DATA = {"data", "vocab_size", "special_ids", "documents", "image_size"}
 FREE = {"attention", "dropout", "init_std", "fused"}  # of the Config: no weights depend on them
@@ -72,10 +67,7 @@ def begin(args, model):
     for size in run.data.sizes:
         if (has := getattr(model.config, size)) != (needed := getattr(run.model.config, size)):
             raise UserError(f"--data {args.data}: {size} {has}; the run --from has {needed}")
-    model.load_state_dict(run.model.state_dict(), strict=False)
-    if model.config.attention != run.model.config.attention:
-        for block in model.layers:
-            start_plain(block.attention)
+    continue_from(run.model, model)
     inputs = to_device(next(run.validation(1))[0], device)
     moved = [(last_hidden(model.eval(), inputs), last_hidden(run.model, inputs))]
     model.train()
@@ -83,33 +75,37 @@ def begin(args, model):
           "states beside its own)")
 
 
-def start_plain(attention):
-    """Make a new gate the identity, and a new sink small."""
-    H, d_head, width = attention.heads, attention.d_head, attention.proj.in_features
-    if hasattr(attention.softmax, "sink"):
-        attention.softmax.sink.fill_(-8.0)
-    if attention.gate is not None:
-        weights = [p for name, p in attention.gate.named_parameters() if "weight" in name]
-        weights[-1].zero_()
-        x = attention.proj.weight  # of any input the gate now makes the same
-        pi = attention.gate(x.new_zeros(1, 1, width), x.new_zeros(1, H, 1, d_head))  # (1, H, 1)
-        x /= pi.view(H, -1).expand(H, d_head).flatten()
+@torch.no_grad()
+def continue_from(trained, model):
+    """Give `model` the weights of a trained one; make a new gate the identity, and a new sink
+    small."""
+    model.load_state_dict(trained.state_dict(), strict=False)
+    changed = model.config.attention != trained.config.attention
+    for attention in (block.attention for block in model.layers if changed):
+        H, d_head, width = attention.heads, attention.d_head, attention.proj.in_features
+        if hasattr(attention.softmax, "sink"):
+            attention.softmax.sink.fill_(-8.0)
+        if attention.gate is not None:
+            weights = [p for name, p in attention.gate.named_parameters() if "weight" in name]
+            weights[-1].zero_()
+            x = attention.proj.weight  # of any input the gate now makes the same
+            pi = attention.gate(x.new_zeros(1, 1, width), x.new_zeros(1, H, 1, d_head))
+            x /= pi.view(H, -1).expand(H, d_head).flatten()  # pi: (1, H, 1) or (1, H, 1, n)
 
 
 # ---- python -m lab.repair ----
 
 class LearnedQuantizer(nn.Module):
-    """A calibrated ActivationQuantizer whose scale is learned from now on, and starts at a range
-    within +-limit."""
+    """A calibrated ActivationQuantizer whose scale is learned from now on."""
 
-    def __init__(self, tap, limit=torch.inf):
+    def __init__(self, tap):
         super().__init__()
-        low, high = tap.range.low.clamp(min=-limit), tap.range.high.clamp(max=limit)
-        scale, self.zero_point = affine_parameters(low, high, tap.n_bits)
-        self.log_scale, self.grid = nn.Parameter(scale.log()), grid(tap.n_bits, False)
+        scale, self.zero_point = affine_parameters(tap.range.low, tap.range.high, tap.n_bits)
+        self.grid = grid(tap.n_bits, False)
+        self.tenth = nn.Parameter(scale.log() / 10)  # so log s moves ten times as far as weights
 
     def forward(self, x):
-        scale = self.log_scale.exp()  # stays above 0
+        scale = (10 * self.tenth).exp()  # stays above 0
         y = x / scale + self.zero_point
         y = y + (y.round() - y).detach()
         self.out = (y.clamp(*self.grid) - self.zero_point) * scale
@@ -117,21 +113,15 @@ class LearnedQuantizer(nn.Module):
 
 
 def student_of(run, args):
-    """(quantized copy of the run's model, {name: the weights behind its own, unrounded})."""
-    config = replace(run.model.config, attention=args.attention or run.model.config.attention)
-    model = type(run.model)(config).to(run.device).eval()
-    model.load_state_dict(run.model.state_dict(), strict=False)
-    for block in model.layers if config != run.model.config else ():
-        start_plain(block.attention)
-    student = quantize_model(model, args.bits, args.bits, "mse")
+    """A quantized copy of the run's model, with its own weights, not rounded yet."""
+    student = quantize_model(run.model, args.bits, args.bits, "mse")
     run.calibrate(student, 0, args.batches)
-    sigma = {name: x["sigma"] for name, x in gains(run).items()} if args.clamp else {}
-    for name, tap in list(student.named_modules()):
-        if isinstance(tap, ActivationQuantizer):
-            limit = args.clamp * sigma[name] if args.clamp else torch.inf
-            student.set_submodule(name, LearnedQuantizer(tap, limit))
-    return student, {name: nn.Parameter(model.get_submodule(name).weight.detach().clone())
-                     for name, module in student.named_modules() if hasattr(module, "weight_grid")}
+    for name, module in list(student.named_modules()):
+        if isinstance(module, ActivationQuantizer):
+            student.set_submodule(name, LearnedQuantizer(module))
+        elif hasattr(module, "weight_grid"):
+            module.weight.data = run.model.get_submodule(name).weight.detach().clone()
+    return student
 
 
 def loss_of(student, teacher, inputs, targets):
@@ -146,31 +136,27 @@ def loss_of(student, teacher, inputs, targets):
     return sum((x - h).square().sum() / h.square().sum() for x, h in zip(moved, wanted))
 
 
-def train(run, student, floats, args):
+def train(run, student, args):
     """Train, and return the scores on the way: a list of {step, metric, sqnr}."""
     states, found = list(last_states(run, run.model, args.eval_batches)), []
-    scales = [p for name, p in student.named_parameters() if name.endswith("log_scale")]
-    on_grid = {name: student.get_submodule(name) for name in floats}
-    replaced = {id(module.weight) for module in on_grid.values()} | set(map(id, scales))
-    weights = [*floats.values(), *(p for p in student.parameters() if id(p) not in replaced)]
-    groups = [{"params": weights, "rate": args.lr}, {"params": scales, "rate": 10 * args.lr}]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
+    rounded = [module for module in student.modules() if hasattr(module, "weight_grid")]
+    weights = [p for name, p in student.named_parameters() if not name.endswith("tenth")]
+    optimizer = torch.optim.Adam(student.parameters(), betas=(0.9, 0.99))
     for step in (progress := tqdm(range(args.steps + 1), unit="step")):
-        for name, module in on_grid.items():
-            w = floats[name].detach()
+        floats = [module.weight.data for module in rounded]
+        for module, w in zip(rounded, floats):
             groups = w.view(len(module.weight_grid[0]), -1)
             module.weight.data = fake_quantize(groups, *module.weight_grid).view_as(w)
         if step % 50 == 0 or step == args.steps:
             found.append({"step": step} | scores(run, student, states, args.eval_batches))
             progress.write("step {step}: {metric:.4g}, SQNR {sqnr:.1f} dB".format(**found[-1]))
         arrays = run.data.train_batch(args.seed, step, run.checkpoint["args"]["batch_size"])
-        loss = loss_of(student, run.model, *to_device(run.data.to_model(*arrays), run.device))
-        loss.backward()
-        for name, module in on_grid.items():
-            floats[name].grad, module.weight.grad = module.weight.grad, None
+        batch = to_device(run.data.to_model(*arrays), run.device)
+        loss_of(student, run.model, *batch).backward()
+        for module, w in zip(rounded, floats):  # which the rounded one's gradient moves
+            module.weight.data = w
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * linear_schedule(step, 20, args.steps + 1)
+        set_lr(optimizer, args.lr * linear_schedule(step, 20, args.steps + 1))
         optimizer.step()
         optimizer.zero_grad()
     return found
@@ -181,17 +167,13 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     flags.add_run_flags(parser, seeds=None)
     add = parser.add_argument
-    add("--attention", choices=ATTENTIONS, help="put in; by default the run's own")
-    add("--clamp", type=flags.above_0, metavar="SIGMAS", help="how far ranges reach at the start")
     add("--bits", type=flags.bits, default=8, help="of weights and activations")
     add("--steps", type=flags.positive, default=500, help="optimizer steps")
     add("--lr", type=flags.above_0, default=3e-4, help="peak rate; of the scales' logarithms 10 x")
     add("--seed", type=flags.number(int, low=0), default=0, help="of the batches")
-    args = parser.parse_args(argv)
-    found = []
-    for run in [open_run(name, pick_device(args.device), args.data) for name in args.runs]:
-        found.append({"run": run.name, "attention": args.attention, "clamp": args.clamp,
-                      "curve": train(run, *student_of(run, args), args)})
+    args, found = parser.parse_args(argv), []
+    for run in open_runs(args):
+        found.append({"run": run.name, "curve": train(run, student_of(run, args), args)})
         write_json(args.json, found)
 
 

@@ -238,7 +238,8 @@ def test_points_and_cells_are_numbered():
         f"{layer}.2" for layer in range(1, 21)]
     nothing = dict.fromkeys(names, np.zeros((1, 1))) | {"parks": np.zeros((1, 1), bool)}
     drawn(figures.heads(nothing, "attends to nothing"))
-    figure = drawn(figures.damage(["a", "b"], np.array([[1.4, 40], [np.inf, 20]]), "run"))
+    figure = drawn(figures.damage({"run": "run", "bits": 8, "layers": {
+        "a": [{"sqnr": 1.4}, {"sqnr": 40}], "b": [{"sqnr": np.inf}, {"sqnr": 20}]}}))
     assert words(figure.axes[0].texts) == ["1", "40", "inf", "20"]
 
 
