@@ -38,6 +38,9 @@ rounding noise: values that fall on the grid (zeros), and ranges that clip.
 """
 import math
 import re
+from collections import Counter
+from functools import partial
+from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -65,55 +68,47 @@ class Ear(ActivationQuantizer):
 def gains(run, batches=16, eval_batches=4):
     """{name: {range, sigma, gain: {target: ...}, token_gain: {target: ...}}} of taps and weights.
 
-    range: R, of a weight one per scale, (G, 1). sigma: deviation of the 99.5% smallest values.
+    range: R, one per scale, (G, 1), G = 1 of a tap. sigma: deviation of the 99.5% smallest values.
     gain: what noise of variance 1 on the tensor adds to "states", noise / signal, and to "nats"
-    per prediction, of a weight (G, 1). token_gain: the same for a variance of each token's R^2.
+    per prediction, (G, 1). token_gain, of a tap: the same for a variance of each token's R^2.
     """
     model = quantize_model(run.model, 16, 16, quantizer=Ear)  # weights move by 2^-16 of R
     run.calibrate(model, 0, batches)
-    taps = {name: m for name, m in model.named_modules() if isinstance(m, Ear)}
-    weights = {f"{name}.weight": m for name, m in model.named_modules()
-               if hasattr(m, "weight_grid")}
-    last = [tap for name, tap in taps.items() if name.endswith(f"{model.hidden_tap}_tap")][-1]
+    heard = {name: m for name, m in model.named_modules() if isinstance(m, Ear)}
+    last = [tap for name, tap in heard.items() if name.endswith(f"{model.hidden_tap}_tap")][-1]
+    for name, m in model.named_modules():
+        if hasattr(m, "weight_grid"):
+            heard[f"{name}.weight"], m.x, m.scale = m, m.weight, m.weight_grid[0]
     targets = ("states", "nats") if model.metric == "perplexity" else ("states",)
-    found = {name: {"gain": dict.fromkeys(targets, 0.0), "token_gain": dict.fromkeys(targets, 0.0)}
-             for name in (*taps, *weights)}
-    total, draws = dict.fromkeys(targets, 0.0), torch.Generator(run.device).manual_seed(0)
+    found = {name: {"gain": Counter(), "token_gain": Counter()} for name in heard}
+    total, draws = Counter(), torch.Generator(run.device).manual_seed(0)
 
-    for inputs, _ in run.validation(eval_batches):
-        for target in targets:
-            model.zero_grad()
-            logits, h = model(*to_device(inputs, run.device)), last.x
-            if target == "states":
-                signs = torch.randint(0, 2, h.shape, generator=draws, device=h.device) * 2 - 1
-                (h * signs).sum().backward()
-                total[target] += h.square().sum().item()
-            else:
-                logits = logits.flatten(0, -2)
-                y = logits.softmax(-1).multinomial(1, generator=draws).flatten()
-                F.cross_entropy(logits, y, reduction="sum").backward()
-                total[target] += 2 * len(y)
-            for name, tap in taps.items():
-                squares, x = tap.x.grad.square(), tap.x.detach()
+    for (inputs, _), target in product(run.validation(eval_batches), targets):
+        model.zero_grad()
+        logits, h = model(*to_device(inputs, run.device)).flatten(0, -2), last.x
+        if target == "states":
+            signs = torch.randint(0, 2, h.shape, generator=draws, device=h.device) * 2 - 1
+            (h * signs).sum().backward()
+            total[target] += h.square().sum().item()
+        else:
+            y = logits.softmax(-1).multinomial(1, generator=draws).flatten()
+            F.cross_entropy(logits, y, reduction="sum").backward()
+            total[target] += 2 * len(y)
+        for name, m in heard.items():
+            if m.x.grad is None:  # the head of a ViT comes after the states
+                continue
+            squares, x = m.x.grad.square(), m.x.detach()
+            found[name]["gain"][target] += squares.reshape(m.scale.numel(), -1).sum(1, keepdim=True)
+            if isinstance(m, Ear):
                 span = x.amax(-1).clamp(min=0) - x.amin(-1).clamp(max=0)
-                found[name]["gain"][target] += squares.sum()
                 found[name]["token_gain"][target] += (squares.sum(-1) * span.square()).sum()
-            for name, module in weights.items():
-                if module.weight.grad is not None:  # the head of a ViT comes after the states
-                    squares = module.weight.grad.square().view(len(module.weight_grid[0]), -1)
-                    found[name]["gain"][target] += squares.sum(dim=1, keepdim=True)
 
     for name, tensor in found.items():
-        for gain in tensor["gain"], tensor["token_gain"]:
-            gain |= {target: gain[target] / total[target] for target in targets}
-        if name in taps:
-            values, found_range = taps[name].x, taps[name].range
-            tensor["range"] = found_range.high.clamp(min=0) - found_range.low.clamp(max=0)
-        else:
-            values, grid = weights[name].weight, weights[name].weight_grid
-            tensor["range"] = grid[0] * 65535
-        values = values.detach().flatten()
+        for gain, target in product((tensor["gain"], tensor["token_gain"]), targets):
+            gain[target] /= total[target]
+        values = heard[name].x.detach().flatten()
         tensor["sigma"] = values[values.abs() <= percentile_of(values.abs(), 99.5)].std().item()
+        tensor["range"] = 65535 * heard[name].scale.view(-1, 1)
     return found
 
 
@@ -130,7 +125,7 @@ def noise(tensor, target, bits, change=None):
         span, gain = 1.0, tensor["token_gain"][target]
     if change == CHANGES[2]:
         bits = 16
-    return float(torch.as_tensor(gain * (span / (2 ** bits - 1)) ** 2).sum()) / 12
+    return float((gain * (span / (2 ** bits - 1)) ** 2).sum()) / 12
 
 
 def predict(tensors, bits, changed=(), change=None):
@@ -138,9 +133,9 @@ def predict(tensors, bits, changed=(), change=None):
     those named in `changed` with a `change`. A loss of accuracy is not predicted."""
     total = lambda target: sum(noise(x, target, bits, change if name in changed else None)
                                for name, x in tensors.items())
-    known = all("nats" in x["gain"] for x in tensors.values())
+    loss = 100 * math.expm1(min(total("nats"), 50))
     return {"predicted_sqnr": -10 * math.log10(2 - 2 / math.sqrt(1 + total("states"))),
-            "predicted_loss": 100 * math.expm1(min(total("nats"), 50)) if known else None}
+            "predicted_loss": loss or None}
 
 
 def bits_needed(tensors):
@@ -160,16 +155,12 @@ def measure(run, bits, batches, eval_batches):
     return {"metric": metric, "measured_sqnr": sqnr, "loss_percent": loss}
 
 
-def of_taps(tensors, bits):
-    """[{tap, layer, range, sigma, noise}], what --json has of every tensor, weights too."""
-    rows = []
-    for name, x in tensors.items():
-        pattern = r"(?:layers\.(\d+)\.)?(?:.*\.)?(\w+\.weight|\w+)"
-        layer, tap = re.fullmatch(pattern, name).groups()
-        rows.append({"tap": tap.removesuffix("_tap"), "layer": layer and int(layer) + 1,
-                     "range": float(torch.as_tensor(x["range"]).max()), "sigma": x["sigma"],
-                     "noise": noise(x, "states", bits)})
-    return rows
+def of_tap(name, tensor, bits):
+    """{tap, layer, range, sigma, noise}, what --json has of a tensor, of weights, too."""
+    layer, tap = re.fullmatch(r"(?:layers.(\d+).)?(?:.*?\.)??(\w+.weight|\w+)", name).groups()
+    return {"tap": tap.removesuffix("_tap"), "layer": layer and int(layer) + 1,
+            "range": tensor["range"].max().item(), "sigma": tensor["sigma"],
+            "noise": noise(tensor, "states", bits)}
 
 
 # ---- in words ----
@@ -185,15 +176,15 @@ def print_tables(rows, tensors):
     total = sum(x["noise"] for x in taps.values())
     worst, lines = sorted(taps, key=lambda name: -taps[name]["noise"])[:3], []
     for names in (*([name] for name in worst), worst):
-        x, layer = taps[names[0]], "{tap}, layer {layer}".format(**taps[names[0]])
+        (x, *more), sqnr = [taps[name] for name in names], partial(predict, tensors, bits, names)
+        title = x["tap"] + f", layer {x['layer']}" * bool(x["layer"])
         lines.append({
-            "tensor": "all three" if len(names) > 1 else layer.removesuffix(", layer None"),
-            "range / sigma": "" if len(names) > 1 else f"{x['range'] / x['sigma']:.3g}",
-            "of the noise": f"{sum(taps[name]['noise'] for name in names) / total:.0%}",
-            **{change: f"{predict(tensors, bits, names, change)['predicted_sqnr']:.1f}"
-               for change in CHANGES}})
-    print(f"\nwhat costs most at {bits} bits, and the predicted SQNR if it were ...\n")
-    print(markdown(lines))
+            "tensor": "all three" if more else title,
+            "range / sigma": "" if more else f"{x['range'] / x['sigma']:.3g}",
+            "of the noise": f"{sum(tap['noise'] for tap in (x, *more)) / total:.0%}"}
+            | {change: f"{sqnr(change)['predicted_sqnr']:.1f}" for change in CHANGES})
+    print(f"\nwhat costs most at {bits} bits, and the predicted SQNR if it were ...\n\n"
+          + markdown(lines))
     if rows[0]["predicted_loss"] is not None:
         print(f"\na fifth is lost at {bits_needed(tensors):.2f} bits, as predicted")
 
@@ -205,17 +196,16 @@ def main(argv=None):
     add = parser.add_argument
     add("--bits", type=flags.bits, nargs="+", default=[8], help="of weights and activations")
     add("--measure", action="store_true", help="quantize and measure, too")
-    add("--out", type=flags.place, metavar="FOLDER", help="draw what --measure has found there")
+    add("--out", type=flags.place, metavar="FOLDER", help="measure, and draw there")
     args = parser.parse_args(argv)
-    if args.out and not args.measure:
-        raise flags.UserError("--out draws predictions beside what happens; it needs --measure")
     found = []
     for run in open_runs(args):
         tensors, rows = gains(run, args.batches), []
         for bits in args.bits:
-            measured = measure(run, bits, args.batches, args.eval_batches) if args.measure else {}
-            rows.append({"run": run.name, "bits": bits, **predict(tensors, bits), **measured,
-                         "taps": of_taps(tensors, bits)})
+            rows.append({"run": run.name, "bits": bits, **predict(tensors, bits)})
+            if args.measure or args.out:
+                rows[-1] |= measure(run, bits, args.batches, args.eval_batches)
+            rows[-1]["taps"] = [of_tap(name, x, bits) for name, x in tensors.items()]
         print_tables(rows, tensors)
         found += rows
     write_json(args.json, found)

@@ -163,20 +163,17 @@ def smooth(model, inputs, alpha=0.5):
     """
     if not model.config.pre_norm or model.layers[0].norm1.weight is None:
         return None
-    model, largest = copy.deepcopy(model), {}
-
-    def hear(tap, place, x):
-        peak = x.abs().flatten(0, 1).amax(dim=0)
-        largest[tap, place] = torch.maximum(peak, largest.get((tap, place), peak))
-
+    model, peaks = copy.deepcopy(model), {}
+    peaks_of = lambda tap, layer: peaks.setdefault((tap, layer), [])
+    hear = lambda tap, layer, x: peaks_of(tap, layer).append(x.abs().amax(dim=(0, 1)))
     with listening(model, ("norm1", "norm2"), hear):
         for batch in inputs:
             model(*batch)
     for i, block in enumerate(model.layers):
-        s = shift(block.norm1, block.attention.qkv, largest["norm1", i], alpha)
+        s = shift(block.norm1, block.attention.qkv, peaks_of("norm1", i), alpha)
         if block.attention.gate is not None:
             block.attention.gate = UnsmoothedGate(block.attention.gate, s)
-        shift(block.norm2, block.ffn_up, largest["norm2", i], alpha)
+        shift(block.norm2, block.ffn_up, peaks_of("norm2", i), alpha)
     return model
 
 
@@ -191,9 +188,9 @@ class UnsmoothedGate(nn.Module):
         return self.gate(x * self.s, v)
 
 
-def shift(norm, linear, largest, alpha):
+def shift(norm, linear, peaks, alpha):
     """Divide what `norm` gives by s, (d,), and multiply the columns of `linear`'s weight by it."""
-    weight = linear.weight.abs().amax(dim=0)
+    largest, weight = torch.stack(peaks).amax(dim=0), linear.weight.abs().amax(dim=0)
     s = largest.clamp(min=1e-5) ** alpha / weight.clamp(min=1e-5) ** (1 - alpha)
     for p in norm.parameters():
         p /= s

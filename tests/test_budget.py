@@ -89,5 +89,6 @@ def test_the_command_on_every_family(corpus, cifar, tmp_path, family):
         assert (row["predicted_loss"] is None) == (family == "vit")
         r = sum(x["noise"] for x in row["taps"])
         assert row["predicted_sqnr"] == pytest.approx(-10 * math.log10(2 - 2 / math.sqrt(1 + r)))
-        layers = {x["layer"] for x in row["taps"] if x["tap"] == "ffn_output"}
-        assert layers == {1, 2} and {x["layer"] for x in row["taps"]} == {1, 2, None}
+        for tap in ("ffn_output", "qkv.weight"):
+            assert {x["layer"] for x in row["taps"] if x["tap"] == tap} == {1, 2}
+        assert {x["layer"] for x in row["taps"]} == {1, 2, None}
