@@ -15,21 +15,17 @@ even update: the same if it averaged independent values evenly; pi: mean of the 
 sink value: its norm / mean norm; zeros, ones: fraction of the probabilities, masked ones left out
 score range: largest - smallest softmax input of a query
 """
-import json
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import torch
 
-import lab.backcopy, lab.cures  # noqa: F401, runs with such data or attention open
+from lab.opened import open_runs
 from lab.survey import (OUTLIER_TAPS, at_triggers, group_shares, on_patches, record, survey,
                         token_groups, token_names, worst_dimension)
-from lab.tables import markdown, read_log, save_pictures
+from lab.tables import markdown, read_log, save_pictures, write_json
 from minq import flags
-from minq.runs import open_run
-from minq.training import pick_device, to_device
+from minq.training import to_device
 
 BATCHES = 16  # of the validation split, unless told
 
@@ -56,25 +52,22 @@ def main(argv=None):
             raise flags.UserError(f"{flags.option(mode.__name__)} reads no {flags.option(name)}")
 
     # ---- measure and print, write, draw ----
-    with redirect_stdout(StringIO()) as printed:
-        numbers, pictures = mode(args)  # name -> (function of lab/figures.py, its arguments)
-    if args.json:
-        flags.write_atomically(args.json, json.dumps(numbers, default=lambda x: x.tolist()) + "\n")
-    print(printed.getvalue(), end="")
+    numbers, pictures, *printed = mode(args)  # name -> (function of lab/figures.py, its arguments)
+    write_json(args.json, numbers)
+    print(*printed, sep="\n\n")
     if pictures:
         save_pictures(args.out or Path(args.runs[0], "figures"), pictures)
 
 
 def table(title, rows):
-    """Print rows, dicts of words and numbers."""
+    """Rows, dicts of words and numbers, in Markdown."""
     cell = lambda x: f"{x:.3g}" if isinstance(x, (float, np.floating)) else str(x)
-    print(f"\n{title}\n\n{markdown([{k: cell(x) for k, x in row.items()} for row in rows])}")
+    return f"{title}\n\n{markdown([{k: cell(x) for k, x in row.items()} for row in rows])}"
 
 
 def analyze(args):
     """One run: where its outliers sit, which tokens carry them, what its heads do."""
-    (name,) = args.runs
-    run = open_run(name, pick_device(args.device), args.data)
+    (run,), (name,) = open_runs(args), args.runs
     config, tap, text = run.model.config, run.model.norm_tap, getattr(run.data, "text", None)
     L, H = config.layers, config.heads
     for flag, most in ("layer", L), ("head", H):
@@ -85,8 +78,8 @@ def analyze(args):
     got = survey(run.model, batches, run.device, tap, text and len(names))
     outliers, heads = got["outliers"], got["heads"]
     settings = [f", {k} {x}" for k, x in flags.attention_settings(config).items() if x is not None]
-    print(f"{name}: {run.model.family}, {config.attention} attention{''.join(settings)}, "
-          f"step {run.checkpoint['step']}, on {got['samples']} validation samples")
+    printed = [f"{name}: {run.model.family}, {config.attention} attention{''.join(settings)}, "
+               f"step {run.checkpoint['step']}, on {got['samples']} validation samples"]
 
     # ---- where outliers sit (Figures 1 and 8) ----
     rows, pictures = [], {}
@@ -101,26 +94,26 @@ def analyze(args):
                 worst = np.lexsort((x[f"peak_by_{axis}"][layer], counts))[-1]
                 row |= {f"worst {axis}": worst, f"outliers in this {axis}": counts[worst]}
             rows.append(row | {"its head": worst * H // config.width + 1})
-    table("where outliers sit", rows)
+    printed.append(table("where outliers sit", rows))
 
     # ---- which tokens carry them ----
     if text:
         groups = token_groups(names, text.is_bytes)
         shares, every = (group_shares(groups, got[x]) for x in ("tokens_of_outliers", "tokens"))
-        table("which tokens carry them", [
+        printed.append(table("which tokens carry them", [
             {"tokens": x, f"share of outliers of {tap}": shares[x], "of all tokens": every[x]}
-            for x in sorted(shares, key=shares.get, reverse=True) if every[x]])
+            for x in sorted(shares, key=shares.get, reverse=True) if every[x]]))
     else:
         layers = dict(enumerate(on_patches(outliers[tap]["by_position"]), 1))
         pictures["patches"] = "maps", layers, "outliers per sample", f"{name}: {tap}, by layers"
 
     # ---- what heads do ----
     over_even = heads["attention"] / heads["even"]
-    table("what each head does, sorted by attention / even", [
+    printed += [table("what each head does, sorted by attention / even", [
         {"layer": at[0] + 1, "head": at[1] + 1, "sink": names[got["sinks"][at]]}
         | {key.replace("_", " "): x[at] for key, x in heads.items()}
-        for at in sorted(np.ndindex(L, H), key=over_even.__getitem__, reverse=True)])
-    print("\n" + __doc__.rpartition("\n\n")[2])
+        for at in sorted(np.ndindex(L, H), key=over_even.__getitem__, reverse=True)]),
+        __doc__.rpartition("\n\n")[2]]
     pictures["heads"] = "heads", heads, f"{name}: heads, numbered layer.head"
 
     # ---- one head on two validation samples (Figures 2 and 3) ----
@@ -128,7 +121,7 @@ def analyze(args):
     layer = args.layer - 1 if args.layer else min(source + 1, L - 1)  # outliers act in the next one
     head = args.head - 1 if args.head else dimension * H // config.width
     title, where = f"{name}: layer {layer + 1}, head {head + 1}", f"{tap} of layer {source + 1}"
-    print(f"{title} at work; the worst dimension of {where} is {dimension}\n")
+    printed.append(f"{title} at work; the worst dimension of {where} is {dimension}")
     batch, _ = to_device(next(run.validation()), run.device)
     inputs = batch[0][:2]  # without BERT's positions: they count through the whole batch
     with record(run.model, ("probs", "values", "context", tap)) as kept:
@@ -150,21 +143,21 @@ def analyze(args):
                   "attention, summed": on_patches(probs.sum(axis=1)),
                   "norms of values": on_patches(np.linalg.norm(values, axis=2))}
     pictures["head"] = "head", panels, title, labels
-    return {"run": name} | got, pictures
+    return {"run": name} | got, pictures, *printed
 
 
 def by_trigger(args):
     """A run on the backcopy task: what its heads attend to where they must copy, and elsewhere."""
-    run = open_run(*args.runs, pick_device(args.device), args.data, "opt")
+    (run,) = open_runs(args, "opt")
     if (data := args.data or run.checkpoint["args"]["data"]) != "backcopy":
         raise flags.UserError(f"--by-trigger {run.name}: its data is {data}, not backcopy")
     found = at_triggers(run.model, run.validation(args.eval_batches or BATCHES), run.device)
-    table(f"{run.name}: the mean probability of the start token and of the token before; pi", [
+    return {"run": run.name} | found, {}, table(
+        f"{run.name}: the mean probability of the start token and of the token before; pi", [
         {"layer": layer + 1, "head": head + 1}
         | {f"{where}: {key}": x[layer][head] for where, measures in found.items()
            for key, x in measures.items()}
         for layer, head in np.ndindex(run.model.config.layers, run.model.config.heads)])
-    return {"run": run.name} | found, {}
 
 
 def curves(args):
@@ -181,8 +174,8 @@ def curves(args):
         runs[name] = {key: (series["step"], x) for key, x in series.items() if key != "step"}
     if len(set(map(tuple, rows))) > 1:
         raise flags.UserError("--curves: text and images; expected runs with the same metric")
-    table("over training, first → last evaluation (kurtosis is not excess)", rows)
-    return runs, {"curves": ("curves", runs, "over training (kurtosis is not excess)")}
+    title = "over training (kurtosis is not excess)"
+    return runs, {"curves": ("curves", runs, title)}, table(f"{title}, first → last", rows)
 
 
 if __name__ == "__main__":

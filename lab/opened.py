@@ -4,7 +4,7 @@ from minq.runs import open_run
 from minq.training import pick_device
 
 
-def open_runs(args):
-    """args: of flags.add_run_flags."""
+def open_runs(args, family=None):
+    """args: of flags.add_run_flags; family: which all must be of."""
     device = pick_device(args.device)
-    return [open_run(name, device, args.data) for name in args.runs]
+    return [open_run(name, device, args.data, family) for name in args.runs]

@@ -203,7 +203,8 @@ def remedy_columns(row, remedy):
 def write_json(path, content):
     """What --json FILE asks for, if it was given."""
     if path:
-        flags.write_atomically(path, json.dumps(content, indent=1) + "\n")
+        text = json.dumps(content, indent=1, default=lambda x: x.tolist())  # of NumPy's arrays
+        flags.write_atomically(path, text + "\n")
 
 
 def markdown(rows, words=1):
