@@ -75,6 +75,10 @@ def stopped_at(step, monkeypatch):
         yield
 
 
+def opened(folder):
+    return runs.open_run(folder, torch.device("cpu"))
+
+
 def logged(folder):
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

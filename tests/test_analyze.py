@@ -90,7 +90,9 @@ def test_survey_equals_a_loop_over_single_sequences(family):
     text = inputs(family, n=7) % 40
     batches = [((text[:4],), text[:4]), ((text[4:],), text[4:])]
     found = survey.survey(model, batches, CPU, "ffn_output", 260)
-    means = {"by_dimension": np.zeros((2, 32)), "attention": np.zeros((2, 4)), "zeros": 0}
+    means = {"by_dimension": np.zeros((2, 32)), "by_position": np.zeros((2, 12)),
+             "peak_by_dimension": np.zeros((2, 32)), "peak_by_position": np.zeros((2, 12)),
+             "attention": np.zeros((2, 4)), "zeros": 0}
     by_token, sinks = np.zeros(260), np.zeros((2, 4, 260))
     for sequence, layer in ((sequence, layer) for sequence in text for layer in range(2)):
         with survey.record(model, ("ffn_output", "probs")) as kept:
@@ -98,7 +100,10 @@ def test_survey_equals_a_loop_over_single_sequences(family):
         x, share = kept["ffn_output"][layer][0], kept["probs"][layer][0].mean(dim=1)  # (T, d)
         for t, dimension in is_outlier(x[None])[0].nonzero().tolist():
             means["by_dimension"][layer, dimension] += 1 / 7
+            means["by_position"][layer, t] += 1 / 7
             by_token[sequence[t]] += 1
+        means["peak_by_dimension"][layer] += x.abs().amax(dim=0).numpy() / 7
+        means["peak_by_position"][layer] += x.abs().amax(dim=1).numpy() / 7
         means["attention"][layer] += share.amax(dim=1).numpy() / 7
         for head in range(4):
             sinks[layer, head, sequence[share[head].argmax()]] += 1
@@ -130,15 +135,6 @@ def test_work_is_at_triggers(attention):
                 expected["pi"] = [pi[b, head, t].mean() for b, t in places]
             measured = {key: x[layer][head] for key, x in found[name].items()}
             assert measured == pytest.approx({k: np.mean(x) for k, x in expected.items()}, rel=1e-4)
-
-
-def test_outliers_by_position_and_dimension():
-    x = torch.randn(2, 30, 20, generator=torch.Generator().manual_seed(0))
-    x[1, 3, 5], x[1, 3, 6] = 40.0, -50.0
-    found = survey.outlier_measures(x)
-    assert found["by_dimension"].nonzero().tolist() == [[1, 5], [1, 6]]
-    assert (found["by_position"][1, 3], found["by_position"].sum()) == (2, 2)
-    assert (found["peak_by_position"][1, 3], found["peak_by_dimension"][1, 5]) == (50, 40)
 
 
 def test_the_worst_dimension():

@@ -8,8 +8,7 @@ import torch
 from lab import budget
 from lab.damage import last_hidden, signal_to_noise
 from minq.quant import quantize_model
-from minq.runs import open_run
-from running import ROOT, run, small
+from running import ROOT, opened, run
 
 ZOO = {"post-LN": "zoo/bert-long-vanilla", "pre-LN": "zoo/opt-gated", "cured": "zoo/bert-gated"}
 
@@ -18,7 +17,7 @@ ZOO = {"post-LN": "zoo/bert-long-vanilla", "pre-LN": "zoo/opt-gated", "cured": "
 def known():
     found = {}
     for kind, name in ZOO.items():
-        found[kind] = open_run(ROOT / name, torch.device("cpu"))
+        found[kind] = opened(ROOT / name)
         found[kind, "tensors"] = budget.gains(found[kind])
     return found
 
@@ -42,13 +41,13 @@ class Noisy(torch.nn.Module):
 def test_gains_are_what_noise_does(known, kind, tap):
     """Noise with a thousandth of the signal at the end: its power and the nats are the gains'."""
     torch.manual_seed(0)
-    opened, gain = known[kind], known[kind, "tensors"][tap]["gain"]
-    noisy = quantize_model(opened.model, only="nothing")
+    zoo_run, gain = known[kind], known[kind, "tensors"][tap]["gain"]
+    noisy = quantize_model(zoo_run.model, only="nothing")
     noisy.set_submodule(tap, Noisy(1e-3 / gain["states"]))
     pairs, nats, predictions = [], 0.0, 0
-    for inputs, _ in opened.validation(4):
-        pairs.append([last_hidden(model, inputs) for model in (noisy, opened.model)])
-        p, q = (model(*inputs).double().log_softmax(-1) for model in (opened.model, noisy))
+    for inputs, _ in zoo_run.validation(4):
+        pairs.append([last_hidden(model, inputs) for model in (noisy, zoo_run.model)])
+        p, q = (model(*inputs).double().log_softmax(-1) for model in (zoo_run.model, noisy))
         nats += (p.exp() * (p - q)).sum().item()
         predictions += p[..., 0].numel()
     assert signal_to_noise(pairs) == pytest.approx(30, abs=0.4)
@@ -78,9 +77,8 @@ def test_a_bit_is_worth_six_db_and_a_range_per_token_is_a_sum_over_tokens(known)
 
 
 @pytest.mark.parametrize("family", ["bert", "opt", "vit"])
-def test_the_command_on_every_family(corpus, cifar, tmp_path, family):
-    run(*small(f"train_{family}.py", corpus, cifar), "--out", tmp_path / "r")
-    out, _ = run("lab.budget", tmp_path / "r", "--bits", 8, 6, "--batches", 2, "--measure",
+def test_the_command_on_every_family(runs, tmp_path, family):
+    out, _ = run("lab.budget", runs / family, "--bits", 8, 6, "--batches", 2, "--measure",
                  "--json", tmp_path / "b.json")
     rows = json.loads((tmp_path / "b.json").read_text())
     assert [row["bits"] for row in rows] == [8, 6] and "all three" in out

@@ -102,18 +102,12 @@ def save(tokenizer):
     return lambda folder: tokenizer.save(str(folder / "tokenizer.json"))
 
 
-def config(**changed):
-    """A function that changes a folder's config.json."""
-    return lambda folder: write(folder, "config.json",
-                                json.loads((folder / "config.json").read_text()) | changed)
-
-
-def without(*keys):
-    """A function that leaves lines out of a folder's config.json."""
-    def shorten(folder):
-        given = json.loads((folder / "config.json").read_text())
-        write(folder, "config.json", {key: x for key, x in given.items() if key not in keys})
-    return shorten
+def config(*without, **changed):
+    """A function that changes lines of a folder's config.json, or leaves them out."""
+    def rewrite(folder):
+        given = json.loads((folder / "config.json").read_text()) | changed
+        write(folder, "config.json", {key: x for key, x in given.items() if key not in without})
+    return rewrite
 
 
 def weights(change, name="model.safetensors"):
@@ -206,8 +200,8 @@ def in_shards(folder):
       for dtype in (torch.bfloat16, torch.float8_e4m3fn)),
     (bert, renamed(lambda key: "module._orig_mod." + key), {}),  # saved while wrapped
     (bert, renamed(lambda key: key.replace(BIAS, "cls.predictions.decoder.bias")), {}),
-    *((make, without("model_type"), {}) for make in (bert, opt)),
-    (bert, without("model_type", "architectures"), {}),  # as in 2018
+    *((make, config("model_type"), {}) for make in (bert, opt)),
+    (bert, config("model_type", "architectures"), {}),  # as in 2018
     (bert, renamed(lambda key: re.sub(r"^bert\.", "", key)), {}),
     (bert, renamed(lambda key: key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
         "LayerNorm.bias", "LayerNorm.beta")), {}),  # as TensorFlow has them

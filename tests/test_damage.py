@@ -2,42 +2,19 @@
 import copy
 import json
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 
-import lab
 from lab.damage import damage, last_states, scores, signal_to_noise
 from minq.attention import Tap
 from minq.outliers import growth, watch
 from minq.quant import quantize_model
-from minq.runs import open_run
-from running import run, saved, small
+from running import opened, run
 
 RUNS = {"bert": "layers.1.layer_output_tap", "fake-quant": "layers.1.layer_output_tap",
         "encoder": "layers.1.layer_output_tap", "opt": "final_norm_tap", "vit": "final_norm_tap"}
-
-
-@pytest.fixture(scope="module")
-def runs(corpus, cifar, tmp_path_factory):
-    """A tiny run of every family, one trained in eight bits, and an encoder without a head."""
-    folder = tmp_path_factory.mktemp("runs")
-    for name in ("bert", "opt", "vit"):
-        run(*small(f"train_{name}.py", corpus, cifar), "--out", folder / name)
-    run(*small("train_bert.py", corpus, cifar), "--fake-quant", "--attention", "gated",
-        "--out", folder / "fake-quant")
-    encoder = saved(folder / "bert")
-    encoder["config"]["masked_head"] = False
-    encoder["model"] = {name: x for name, x in encoder["model"].items() if "head." not in name}
-    (folder / "encoder").mkdir()
-    torch.save(encoder, folder / "encoder" / "checkpoint.pt")
-    return folder
-
-
-def opened(folder):
-    return open_run(folder, torch.device("cpu"))
 
 
 @torch.no_grad()
@@ -126,14 +103,6 @@ def test_the_script(runs, name, tmp_path):
                       map("{sqnr:.1f}".format_map, layers), map(metric.format_map, layers)):
             assert f"| {tap} | {' | '.join(cells)} |" in out
     assert (tmp_path / "new" / "folder" / f"damage-{name}.png").read_bytes()[1:4] == b"PNG"
-
-
-def test_without_matplotlib_there_are_the_numbers(runs, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lab.figures", None)
-    monkeypatch.delattr(lab, "figures", raising=False)
-    out, _ = run("lab.damage", runs / "opt", "--batches", 1, "--eval-batches", 1,
-                 "--out", tmp_path / "x")
-    assert "tensor by tensor" in out and "no pictures without matplotlib" in out
 
 
 @pytest.mark.parametrize("value, expected", [(torch.inf, -math.inf), (torch.nan, math.nan)])

@@ -16,24 +16,19 @@ from minq.flags import UserError
 from minq.model import FAMILIES
 from minq.quant import calibrating, fake_quantize, quantize_model
 from running import run, same, small, start
-
-
-def inputs(family, n=4):
-    return torch.rand(n, 3, 32, 32) if family == "vit" else torch.randint(256, (n, 16))
+from small import inputs
+from small import small as tiny
 
 
 def calibrated(family="opt", bits=(8, 8), width=32, settings=(), active=calibrating, **others):
     """A quantized model of random weights, nothing symmetric about it."""
-    torch.manual_seed(0)
-    sizes = {"patch_size": 8} if family == "vit" else {"seq_len": 16}
-    sizes |= {"layers": 2, "width": width, "heads": 4, "ffn": 64, "init_std": 0.2} | dict(settings)
-    model = FAMILIES[family](FAMILIES[family].config_class(**sizes)).eval()
+    model = tiny(family, **{"width": width, "init_std": 0.2} | dict(settings)).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)
     model = quantize_model(model, *bits, **others)
     with active(model):
-        for _ in range(3):
-            model(inputs(family))
+        for seed in range(3):
+            model(inputs(family, seed))
     return model
 
 

@@ -12,6 +12,8 @@ from minq.attention import ATTENTIONS
 from minq.model import FAMILIES
 from minq.quant import ActivationQuantizer, affine_parameters, calibrating, quantize_model
 from running import SMALL, run
+from small import inputs
+from small import small as tiny
 
 
 def activation(seed=0, outlier=50.0):
@@ -120,13 +122,10 @@ def test_a_vector_per_sample_is_quantized(kind):
 # ---- SmoothQuant ----
 
 def small(family, **settings):
-    torch.manual_seed(0)
-    build = FAMILIES[family]
-    model = build(build.config_class(layers=2, width=32, heads=4, **settings)).eval()
+    model = tiny(family, ffn=128, **settings).eval()
     for p in model.parameters():
         p.data += 0.1 * torch.randn_like(p)  # norms away from their first values
-    inputs = torch.rand(3, 3, 32, 32) if family == "vit" else torch.randint(256, (3, 12))
-    return model, (inputs,)
+    return model, (inputs(family, n=3),)
 
 
 KINDS = [{"attention": name, "alpha": 1.0} for name in ATTENTIONS] + [

@@ -7,9 +7,9 @@ import torch
 
 from lab.damage import last_states, scores
 from lab.remove import KINDS, REPLACEMENTS, Marked, Replaced, limits, removed
-from running import run
+from running import opened, run
 from small import inputs, small
-from test_damage import RUNS, opened, runs  # noqa: F401, a fixture
+from test_damage import RUNS
 
 X = 3 * torch.randn(4, 12, 32, generator=torch.Generator().manual_seed(1))
 IS_DELIMITER, MEAN = torch.arange(260) % 2, torch.randn(3, 32)
@@ -59,7 +59,7 @@ def test_limits_and_means_are_their_formulas(family):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
-def test_the_table(runs, name, tmp_path):  # noqa: F811
+def test_the_table(runs, name, tmp_path):
     words = runs / name, "--tap", "ffn_output", "--sigma", 1, "--batches", 1, "--eval-batches", 1
     run("lab.remove", *words, "--tokens", "start", "all", "--json", tmp_path / "x.json")
     _, *rows = json.loads((tmp_path / "x.json").read_text())

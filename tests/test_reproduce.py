@@ -82,17 +82,13 @@ def test_the_same_training_is_one_run(name, others, shared):
     assert len({job.folder for job in jobs(name)} & {job.folder for job in jobs(*others)}) == shared
 
 
-def test_every_cure_is_compared_in_both_families_and_in_opt_at_two_rates():
-    for family, rates in (("opt", 2), ("bert", 1)):
-        lines = {}
-        for row in EXPERIMENTS[f"cures-{family}"]["rows"]:
-            lines.setdefault(row["line"], []).append((row["laptop"] or row["flags"]).split())
-        assert all(len(each) == rates for each in lines.values())
-        assert all(second[-2:] == ["--lr", "0.02" if "muon" in second else "0.003"]
-                   for _, *others in lines.values() for second in others)
-        seen = {words[words.index("--attention") + 1] for (words, *_) in lines.values()
-                if "--attention" in words}
-        assert seen == set(ATTENTIONS) - {"vanilla", *["row-clipped"] * (family == "bert")}
+@pytest.mark.parametrize("family, rates, without", [
+    ("opt", 2, {"vanilla"}), ("bert", 1, {"vanilla", "row-clipped"})])
+def test_every_cure_is_compared_in_both_families_and_in_opt_at_two_rates(family, rates, without):
+    seen = re.findall(r"--attention (\S+)", " ".join(
+        row["laptop"] or row["flags"] for row in EXPERIMENTS[f"cures-{family}"]["rows"]))
+    assert set(seen) == set(ATTENTIONS) - without
+    assert all(seen.count(name) >= rates for name in seen)
 
 
 # ---- means, and what tables make of them ----
@@ -196,12 +192,6 @@ def test_pages_show_the_recorded_tables(page):
 
 
 # ---- python -m lab.reproduce ----
-
-def test_nothing_to_do_and_what_there_is_not():
-    for words, message in ((("table9",), "invalid choice: 'table9' (choose from"),
-                           ((), "the following arguments are required: NAME")):
-        _, err = run("lab.reproduce", *words, code=2)
-        assert message in err and err.count("\n") == 1
 
 
 def test_the_paper_preset_prints_commands(tmp_path):
