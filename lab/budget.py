@@ -1,7 +1,7 @@
 """The noise budget: what quantization will cost a model, predicted before anything is quantized.
 
     python -m lab.budget zoo/bert-long-vanilla                 the tensors that cost most at 8 bits
-    python -m lab.budget zoo/*-* --bits 8 7 6 --measure --out figures        prediction and truth
+    python -m lab.budget zoo/*-* --bits 8 7 6 --measure                      prediction and truth
 
 Four steps for a blackboard; no number in them is fitted.
 
@@ -47,7 +47,7 @@ import torch.nn.functional as F
 
 from lab.damage import last_states, scores
 from lab.opened import open_runs
-from lab.tables import markdown, save_pictures, write_json
+from lab.tables import markdown, write_json
 from minq import flags
 from minq.quant import ActivationQuantizer, percentile_of, quantize_model
 from minq.training import to_device
@@ -196,21 +196,18 @@ def main(argv=None):
     add = parser.add_argument
     add("--bits", type=flags.bits, nargs="+", default=[8], help="of weights and activations")
     add("--measure", action="store_true", help="quantize and measure, too")
-    add("--out", type=flags.place, metavar="FOLDER", help="measure, and draw there")
     args = parser.parse_args(argv)
     found = []
     for run in open_runs(args):
         tensors, rows = gains(run, args.batches), []
         for bits in args.bits:
             rows.append({"run": run.name, "bits": bits, **predict(tensors, bits)})
-            if args.measure or args.out:
+            if args.measure:
                 rows[-1] |= measure(run, bits, args.batches, args.eval_batches)
             rows[-1]["taps"] = [of_tap(name, x, bits) for name, x in tensors.items()]
         print_tables(rows, tensors)
         found += rows
     write_json(args.json, found)
-    if args.out:
-        save_pictures(args.out, {"budget": ("budget", found)})
 
 
 if __name__ == "__main__":

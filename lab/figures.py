@@ -164,27 +164,3 @@ def curves(runs, title, xlabel="step"):
                 plain_log_ticks(ax.yaxis)
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
-
-
-# ---- the noise budget ----
-
-def budget(rows):
-    """lab/budget.py's rows: SQNR, predicted and measured; and what is lost at an SQNR, beside the
-    curve on which noise / signal is as many nats."""
-    with sheet("", 1, 2, 9, 4) as (figure, axes):
-        left, right = axes[0]
-        for bits, colour in zip(sorted({row["bits"] for row in rows}, reverse=True), COLOURS):
-            of_width = [row for row in rows if row["bits"] == bits]
-            predicted, measured, lost = ([row[key] for row in of_width] for key in (
-                "predicted_sqnr", "measured_sqnr", "loss_percent"))
-            left.plot(predicted, measured, "o", color=colour, label=f"{bits} bits")
-            points = [(x, max(y, 0.1)) for x, y in zip(measured, lost) if y is not None]
-            right.plot(*zip(*points or [(np.nan, np.nan)]), "o", color=colour)
-        ends = [min(left.get_xlim()[0], left.get_ylim()[0]), left.get_xlim()[1]]
-        left.plot(ends, ends, "-", color=BLACK, linewidth=1)
-        decibels = np.linspace(*right.get_xlim(), 100)
-        right.plot(decibels, 100 * np.expm1(10 ** (-decibels / 10)), "-", color=BLACK, linewidth=1)
-        left.set(xlabel="predicted SQNR (dB)", ylabel="measured SQNR (dB)")
-        right.set(xlabel="measured SQNR (dB)", ylabel="loss (% of perplexity)", yscale="log")
-        left.legend()
-        return figure

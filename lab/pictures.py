@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
+
 from lab import figures, tables
 from minq import flags
 
@@ -82,7 +84,20 @@ def remedies(bert, opt):
         ax.set(xscale="log", xlabel=f"{LOST} at 6 bits", title=family.upper())
 
 
-PICTURES = ((bits, 1, 4.5), (rates, 1, 4.5), (gamma, 2, 4), (cures, 2, 5.5), (remedies, 2, 5))
+def budget(sqnr, loss):
+    for row in json.loads((RESULTS / "budget.json").read_text()):
+        style = {"color": figures.COLOURS[8 - row["bits"]], "label": f"{row['bits']} bits"}
+        sqnr.scatter(row["predicted_sqnr"], row["measured_sqnr"], 30, **style)
+        loss.scatter(row["measured_sqnr"], max(row["loss_percent"], 0.1), 30, **style)
+    decibels = np.linspace(-3, 25, 100)
+    sqnr.plot(decibels, decibels, "k-")
+    loss.plot(decibels, 100 * np.expm1(10 ** (-decibels / 10)), "k-")  # as many nats as noise
+    sqnr.set(xlabel="predicted SQNR (dB)", ylabel="measured SQNR (dB)")
+    loss.set(xlabel="measured SQNR (dB)", ylabel=LOST, yscale="log")
+
+
+PICTURES = ((bits, 1, 4.5), (rates, 1, 4.5), (gamma, 2, 4), (cures, 2, 5.5), (remedies, 2, 5),
+            (budget, 2, 4))
 
 
 @flags.one_line_errors
@@ -95,12 +110,12 @@ def main(argv=None):
         sheet = figures.sheet(None, 1, columns, 9, height, sharey=down)
         with flags.writing(args.out), sheet as (figure, axes):
             draw(*axes[0])
-            for axis in (axes[0, 0].yaxis, *(ax.xaxis for ax in axes[0])):
+            for axis in (axis for ax in axes[0] for axis in (ax.xaxis, ax.yaxis)):
                 if axis.get_scale() == "log":
                     figures.plain_log_ticks(axis)
             axes[0, 0].yaxis.set_inverted(down)
             legend = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))
-            figure.legend(legend.values(), legend, loc="outside upper center", ncols=3)
+            figure.legend(legend.values(), legend, loc="outside upper center", ncols=4)
             figure.savefig(Path(args.out, f"{draw.__name__}.png"))
 
 
