@@ -149,16 +149,16 @@ def damage(row):
 
 # ---- several runs ----
 
-def curves(runs, title, xlabel="step"):
-    """{run: {quantity: (x, values)}}: a panel per quantity, a line per run (blog, Figures 3, 5 and
-    6; the paper's 6 and 7). Norms, kurtoses and perplexities are on log scales."""
+def curves(runs, title):
+    """{run: {quantity: (x, values)}}: a panel per quantity, a line per run (blog, Figures 3, 5,
+    6). Norms, kurtoses and perplexities are on log scales."""
     quantities = list(next(iter(runs.values())))
     rows, columns = math.ceil(len(quantities) / 2), min(2, len(quantities))
     with sheet(title, rows, columns, 9, 0.9 + 2.5 * rows, len(quantities)) as (figure, axes):
         for ax, quantity in zip(axes.flat, quantities):
             for name, series in runs.items():
                 ax.plot(*series[quantity], marker=".", label=name)
-            ax.set(xlabel=xlabel, title=quantity)
+            ax.set(xlabel="step", title=quantity)
             if any(word in quantity for word in ("perplexity", "max inf", "kurtosis")):
                 ax.set(title=f"{quantity} (log scale)", yscale="log")
                 plain_log_ticks(ax.yaxis)

@@ -73,7 +73,7 @@ def main(argv=None):
 
 
 def reproduce(experiment, jobs, path, args):
-    """Run what is missing; write, print and draw the results. Returns the rows that failed."""
+    """Run what is missing; write and print the results. Returns the rows that failed."""
     columns, failed = experiment["columns"], []
     if columns == "runtime":
         rows = [row | {"commands": [TIMING]} for row in timed(
@@ -97,8 +97,6 @@ def reproduce(experiment, jobs, path, args):
     tables.write_json(f"{path}.json", table)
     flags.write_atomically(f"{path}.md", tables.rendered(table))
     print(tables.rendered(table) + experiment["then"])
-    if experiment["xlabel"]:
-        tables.draw(table, path, experiment["xlabel"])
     return table["failed"]
 
 

@@ -261,18 +261,6 @@ def repetitions(rows):
             f"{len(minutes)} trainings of {min(minutes):.1f} to {max(minutes):.1f} minutes")
 
 
-def draw(table, path, xlabel):
-    """The figures of an experiment over a setting, beside its results."""
-    families = {}
-    for row in table["rows"]:
-        families.setdefault(row["family"], {}).setdefault(row["line"], []).append(row)
-    pictures = {f"{path.name}-{family}": ("curves", {
-        line: {name: ([row["x"] for row in rows], [four(row)[name]["mean"] for row in rows])
-               for name in four(rows[0])} for line, rows in lines.items()},
-        f"{family}: {table['title']}", xlabel) for family, lines in families.items()}
-    save_pictures(path.parent, pictures)
-
-
 def save_pictures(folder, pictures):
     """Draw into a folder: name -> (function of lab/figures.py, its arguments). Without matplotlib
     a line says how to get it."""
