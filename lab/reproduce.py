@@ -120,15 +120,18 @@ class Job:
         settings = shlex.split(f"{recipe} {own}" + shorter)
         quantize = [*more, *FILE["quantize"][family].split()]
         name = Path(source).name or f"{family}{slug(settings)}-s{seed}"
-        self.row, self.seed, self.folder = row, seed, Path(args.runs, name)
-        folder, self.looks = str(self.folder), {}  # file -> command
+        self.row, self.seed, place = row, seed, Path(args.runs, name)
+        here = source and (ROOT / source / "checkpoint.pt").exists()  # a run of zoo/
+        self.folder, self.looks = ROOT / source if here else place, {}  # file -> command
+        folder = str(self.folder)
         self.training = (["-m", "lab.convert", source] if source else
                          [f"train_{family}.py", *settings, "--seed", str(seed)])
         self.training += ["--out", folder]
-        if not source:  # which has no head, so no metric
-            self.looks[f"quantized{slug(quantize)}.json"] = ["quantize.py", folder, *quantize]
+        if here or not source:  # a published encoder has no head, so no metric
+            name = f"quantized{slug(quantize)}.json"
+            self.looks[place / name] = ["quantize.py", folder, *quantize]
         if experiment["columns"] == "remedies":
-            self.looks["remedies.json"] = ["-m", "lab.remedies", folder, *more]
+            self.looks[place / "remedies.json"] = ["-m", "lab.remedies", folder, *more]
 
     def text(self):
         return " && ".join(flags.command(*x) for x in (self.training, *self.looks.values()))
@@ -141,8 +144,8 @@ class Job:
             raise flags.UserError(f"{path}: not there; {flags.command(*self.training)} makes it")
         if not checkpoint or checkpoint["step"] < checkpoint["args"]["steps"]:
             start([*self.training, "--resume" if checkpoint else "--overwrite"], quiet)
-        for name, command in self.looks.items():
-            file = self.folder / name
+        for file, command in self.looks.items():
+            file.parent.mkdir(parents=True, exist_ok=True)
             if not file.exists() or file.stat().st_mtime < path.stat().st_mtime:
                 start([*command, "--json", str(file)], quiet)
 
@@ -150,9 +153,9 @@ class Job:
         """What is known of the run: what looked at it has written, and what its log ends with."""
         checkpoint = load_checkpoint(self.folder)
         found = {"parameters": sum(x.numel() for x in checkpoint["model"].values())}
-        for name in self.looks:
-            found |= json.loads((self.folder / name).read_text("utf-8"))[0]
-        if not self.row["source"]:
+        for file in self.looks:
+            found |= json.loads(file.read_text("utf-8"))[0]
+        if (self.folder / "metrics.jsonl").exists():  # nothing was logged of a published model
             end = tables.read_log(self.folder)[-1]
             found |= {"as_trained": end[found["metric"]], "loss": end["loss"],
                       "layer_input_norm": max(end["layer_input"]["inf_norm"]),
