@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from lab import integer
 from lab.integer import SHIFT, IntegerLinear, int_mm, to_integer
 from lab.remedies import PerToken
-from minq import quant, training
+from minq import training
 from minq.attention import ATTENTIONS, QKV, Tap
 from minq.flags import UserError
 from minq.model import FAMILIES
-from minq.quant import calibrating, fake_quantize, quantize_model
+from minq.quant import calibrating, quantize_model
 from running import run, same, small, start
 from small import inputs
 from small import small as tiny
@@ -167,23 +167,6 @@ def test_a_model_on_integers_is_its_simulation(family, settings):
     assert same(before, dict(simulated.state_dict()))  # to_integer has changed a copy
 
 
-def grouped(weight, n_bits, estimator, granularity, parts):
-    """A student's quantize_weight: groups of 64 columns with a scale each."""
-    groups, symmetric = weight.detach().reshape(-1, 64), bool((weight < 0).any())
-    found = quant.weight_grid(groups.abs().amax(dim=1, keepdim=True), n_bits, symmetric)
-    return fake_quantize(groups, *found).view_as(weight), found
-
-
-@torch.no_grad()
-def test_groups_of_columns_run_where_a_row_is_one_group(monkeypatch):
-    monkeypatch.setattr(quant, "quantize_weight", grouped)
-    simulated, batch = calibrated("bert", width=64), inputs("bert")
-    difference = to_integer(simulated)(batch) - simulated(batch)
-    assert difference.norm() < 0.05 * simulated(batch).norm()
-    with pytest.raises(UserError, match="qkv behind embedding_norm_tap: a row of weights needs"):
-        to_integer(calibrated("bert", width=128))
-
-
 class Scaled(nn.Linear):
     forward = lambda self, x: 2 * F.linear(x, self.weight, self.bias)
 
@@ -195,7 +178,9 @@ class Scaled(nn.Linear):
     ({"only": "*_tap"}, id, "and one for the weights"),
     ({"active": lambda model: torch.no_grad()}, id, "not calibrated, its scale is nan"),
     ({}, lambda x: setattr(x, "__class__", Scaled), "ffn_up behind norm2_tap: Scaled computes"),
-    ({}, lambda x: setattr(x, "weight_grid", (*x.weight_grid[:3], False)), "of either sign")])
+    ({}, lambda x: setattr(x, "weight_grid", (*x.weight_grid[:3], False)), "of either sign"),
+    ({}, lambda x: setattr(x, "weight_grid", (x.weight_grid[0].expand(128, 1), *x.weight_grid[1:])),
+     "a row of weights needs one scale; 128 do not divide 64 rows")])
 def test_what_int8_cannot_follow_is_refused(quantization, change, message):
     model = calibrated(**quantization)
     change(model.layers[1].ffn_up)
