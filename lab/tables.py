@@ -148,7 +148,8 @@ def quantized(row):
 
 def bits(row):
     seconds = row.get("training_seconds")
-    return {"trained": f"{seconds['mean'] / 60:.0f} min" if seconds else "", "FP": with_std(row["fp"])} | {
+    trained = f"{seconds['mean'] / 60:.0f} min" if seconds else ""
+    return {"trained": trained, "FP": with_std(row["fp"])} | {
         f"W{key.replace('x', 'A')}": f"{with_std(x)} ({cost_in_words(row, x)})"
         for key, x in row["quantized"].items()} | {BITS: bits_at_loss(row)}
 
