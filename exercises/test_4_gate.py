@@ -20,6 +20,40 @@ def test_weight_and_bias_are_parameters(solution):
         assert yours == shape, f"self.{name}: the shape is {shape}, yours is {yours}"
 
 
+def test_it_is_equations_6_and_7(solution):
+    gate = solution.LinearGate(WIDTH, HEADS, gate_init=0.25)
+    weight = torch.cos(torch.arange(12.0)).view(HEADS, D_HEAD)
+    bias = torch.tensor([0.5, -1.0, 2.0])
+    with torch.no_grad():
+        gate.weight.copy_(weight)
+        gate.bias.copy_(bias)
+    x = torch.sin(torch.arange(120.0)).view(B, T, WIDTH)
+    pi_hat = torch.zeros(B, HEADS, T)
+    for b in range(B):
+        for h in range(HEADS):
+            for t in range(T):
+                own = x[b, t, h * D_HEAD:(h + 1) * D_HEAD]
+                pi_hat[b, h, t] = bias[h] + sum(own[i] * weight[h, i] for i in range(D_HEAD))
+    pi = pi_hat.sigmoid()
+    interleaved = torch.einsum("btdh,hd->bht", x.unflatten(-1, (D_HEAD, HEADS)), weight)
+    interleaved += bias[:, None]
+    first_slice = torch.einsum("btd,hd->bht", x[:, :, :D_HEAD], weight) + bias[:, None]
+    by_time = torch.einsum("bhtd,hd->bht", x.view(B, HEADS, T, D_HEAD), weight) + bias[:, None]
+    check("pi", gate(x.clone()), pi, {
+        "you forgot the bias": (pi_hat - bias[:, None]).sigmoid(),
+        "you returned pi_hat: the sigmoid (eq. 7) is missing": pi_hat,
+        "you took a softmax over the heads: each gate opens by itself": pi_hat.softmax(1),
+        "you took a softmax over the tokens: each gate opens by itself": pi_hat.softmax(-1),
+        "you returned (B, T, heads): expected (B, heads, T)": pi.mT,
+        "you dealt the dimensions out one by one: unflatten(-1, (heads, d_head)) gives neighbours":
+            interleaved.sigmoid(),
+        "all your heads see the first slice of x: head h has its own": first_slice.sigmoid(),
+        "you viewed x as (B, heads, T, d_head): that mixes tokens. Split, then move":
+            by_time.sigmoid(),
+        "you gave all tokens one pi: each has its own":
+            pi_hat.mean(-1, keepdim=True).expand_as(pi).sigmoid()})
+
+
 def test_it_starts_at_pi_init(solution):
     for pi_init in (0.25, 0.9):
         gate = solution.LinearGate(WIDTH, HEADS, gate_init=pi_init)
@@ -54,40 +88,6 @@ def test_its_weights_are_random_and_small(solution):
     assert largest > 0.9 * bound, f"{words}: did you take the width for d_head?"
     words = "your weights are not uniform: too many are near 0"
     assert weight.std() > 0.9 * bound / math.sqrt(3), words
-
-
-def test_it_is_equations_6_and_7(solution):
-    gate = solution.LinearGate(WIDTH, HEADS, gate_init=0.25)
-    weight = torch.cos(torch.arange(12.0)).view(HEADS, D_HEAD)
-    bias = torch.tensor([0.5, -1.0, 2.0])
-    with torch.no_grad():
-        gate.weight.copy_(weight)
-        gate.bias.copy_(bias)
-    x = torch.sin(torch.arange(120.0)).view(B, T, WIDTH)
-    pi_hat = torch.zeros(B, HEADS, T)
-    for b in range(B):
-        for h in range(HEADS):
-            for t in range(T):
-                own = x[b, t, h * D_HEAD:(h + 1) * D_HEAD]
-                pi_hat[b, h, t] = bias[h] + sum(own[i] * weight[h, i] for i in range(D_HEAD))
-    pi = pi_hat.sigmoid()
-    interleaved = torch.einsum("btdh,hd->bht", x.unflatten(-1, (D_HEAD, HEADS)), weight)
-    interleaved += bias[:, None]
-    first_slice = torch.einsum("btd,hd->bht", x[:, :, :D_HEAD], weight) + bias[:, None]
-    by_time = torch.einsum("bhtd,hd->bht", x.view(B, HEADS, T, D_HEAD), weight) + bias[:, None]
-    check("pi", gate(x.clone()), pi, {
-        "you forgot the bias": (pi_hat - bias[:, None]).sigmoid(),
-        "you returned pi_hat: the sigmoid (eq. 7) is missing": pi_hat,
-        "you took a softmax over the heads: each gate opens by itself": pi_hat.softmax(1),
-        "you took a softmax over the tokens: each gate opens by itself": pi_hat.softmax(-1),
-        "you returned (B, T, heads): expected (B, heads, T)": pi.mT,
-        "you dealt the dimensions out one by one: unflatten(-1, (heads, d_head)) gives neighbours":
-            interleaved.sigmoid(),
-        "all your heads see the first slice of x: head h has its own": first_slice.sigmoid(),
-        "you viewed x as (B, heads, T, d_head): that mixes tokens. Split, then move":
-            by_time.sigmoid(),
-        "you gave all tokens one pi: each has its own":
-            pi_hat.mean(-1, keepdim=True).expand_as(pi).sigmoid()})
 
 
 def test_weight_and_bias_learn(solution):

@@ -1,5 +1,5 @@
 """The exercises can be solved, by the package and as a student would; who makes a mistake is told
-which. And the edits of docs/exercises.md, and three that a class made, work in a copy of the tree.
+which. And the edits of docs/projects.md, and three that a class made, work in a copy of the tree.
 """
 import difflib
 import importlib
@@ -181,7 +181,8 @@ def mistakes(exercise):
 @pytest.mark.parametrize("exercise", EXERCISES)
 def test_mistakes_are_named(exercise):
     for right, wrong, words in mistakes(exercise):
-        assert any(words in message for message in told(exercise, right, wrong)), (right, wrong)
+        first = next(told(exercise, right, wrong), "")  # later ones may show bare numbers
+        assert words in first, (right, wrong, first)
 
 
 def test_the_page_counts_right():
@@ -219,10 +220,10 @@ def test_pytest_grades_what_was_handed_in(tmp_path):
     assert f"{failed} failed, {passed} passed" in out and "you pulled high with the minimum" in out
 
 
-# ---- edits: those of docs/exercises.md, and three that a class made ----
+# ---- edits: those of docs/projects.md, and three that a class made ----
 
-PAGE = (ROOT / "docs" / "exercises.md").read_text()
-TOP_FOUR = re.search(r"```python\n(class TopFour.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+PAGE = (ROOT / "docs" / "projects.md").read_text()
+TOP_FOUR = re.search(r"```python\n(class TopFour.*?)```", PAGE, re.S)[1]
 ATTENTION, MODEL, QUANT = "minq/attention.py", "minq/model.py", "minq/quant.py"
 HEADS = "\n# ---- multi-head self-attention"
 PLACES = "self.token_embedding(tokens) + self.position_embedding.weight[:T]"
