@@ -96,7 +96,18 @@ def budget(sqnr, loss):
     loss.set(xlabel="measured SQNR (dB)", ylabel=LOST, yscale="log")
 
 
-PICTURES = ((bits, 1, 4.5), (rates, 1, 4.5), (gamma, 2, 4), (cures, 2, 5.5), (remedies, 2, 5),
+def removal(ax):
+    rows = json.loads((RESULTS / "zoo" / "remove.json").read_text())
+    untouched = {row["run"]: row["metric"] for row in rows if row["replacement"] == "none"}
+    marks = dict(zip(("zero", "mean", "limit", "control"), zip("os^x", figures.COLOURS)))
+    for row in (row for row in rows if row["tokens"] == "all"):
+        more, (mark, colour) = row["metric"] / untouched[row["run"]] - 1, marks[row["replacement"]]
+        name = row["run"].removeprefix("zoo/")
+        ax.plot(100 * more, name, mark, color=colour, label=row["replacement"])
+    ax.set(xlabel=f"{LOST} in floating point")
+
+
+PICTURES = ((bits, 1, 4.5), (removal, 1, 4), (rates, 1, 4.5), (gamma, 2, 4), (cures, 2, 5.5), (remedies, 2, 5),
             (budget, 2, 4))
 
 
