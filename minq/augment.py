@@ -52,7 +52,7 @@ class Draws:
     the whole and the slice gets its own, so that they do not depend on how a batch is sliced.
     """
 
-    def __init__(self, seed, device="cpu", places=None, size=None):
+    def __init__(self, seed, device="cpu", places=slice(None), size=None):
         self.places, self.size = places, size
         self.source = {"generator": torch.Generator(device).manual_seed(seed), "device": device}
 
@@ -60,13 +60,13 @@ class Draws:
         return torch.rand((), **self.source).item()
 
     def uniform(self, n, *shape):
-        return self.part(torch.rand(self.size or n, *shape, **self.source))
+        return torch.rand(self.size or n, *shape, **self.source)[self.places]
 
     def normal(self, n):
-        return self.part(torch.randn(self.size or n, **self.source))
+        return torch.randn(self.size or n, **self.source)[self.places]
 
     def integer(self, below, n):
-        return self.part(torch.randint(below, (self.size or n,), **self.source))
+        return torch.randint(below, (self.size or n,), **self.source)[self.places]
 
     def order(self, n):
         return torch.randperm(n, **self.source).tolist()
@@ -76,9 +76,6 @@ class Draws:
         shape = torch.full((2,), alpha, dtype=torch.float64, device=self.source["device"])
         a, b = torch._standard_gamma(shape, generator=self.source["generator"]).tolist()
         return a / (a + b)
-
-    def part(self, numbers):
-        return numbers if self.places is None else numbers[self.places]
 
 
 def per_image(values):
@@ -168,12 +165,7 @@ def centre_crop(images, size):
     return images[..., top:top + size, left:left + size]
 
 
-# ---- colour: x (n, 3, H, W), one argument per image (n,) -> (n, 3, H, W) ----
-
-def blend(degenerate, x, factor):
-    """0: the degenerate image, 1: x itself, beyond 1: x exaggerated."""
-    return torch.lerp(degenerate, x, per_image(factor)).clamp_(0.0, 1.0)
-
+# ---- colour: x (n, 3, H, W), one argument per image (n, 1, 1, 1) -> (n, 3, H, W) ----
 
 def grey(x):
     """(n, 3, H, W) -> (n, 1, H, W): luma (ITU-R 601)."""
@@ -181,24 +173,24 @@ def grey(x):
     return 0.299 * r + 0.587 * g + 0.114 * b
 
 
-def brightness(x, factor):
-    return blend(x.new_zeros(1), x, factor)
+def smooth(x):
+    """PIL's SMOOTH: a 3 x 3 mean in which the middle counts 5 times; it leaves the border."""
+    kernel, x = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13, x.clone()
+    x[..., 1:-1, 1:-1] = F.conv2d(x, kernel.expand(3, 1, 3, 3), groups=3)
+    return x
 
 
-def contrast(x, factor):
-    return blend(grey(x).mean(dim=(1, 2, 3), keepdim=True), x, factor)
+WITHOUT = {
+    "brightness": lambda x: x.new_zeros(1),
+    "contrast": lambda x: grey(x).mean(dim=(1, 2, 3), keepdim=True),
+    "saturation": grey,
+    "sharpness": smooth,
+}
 
 
-def saturation(x, factor):
-    return blend(grey(x), x, factor)
-
-
-def sharpness(x, factor):
-    """Blend with PIL's SMOOTH: a 3 x 3 mean, the middle counts 5 times; it leaves the border."""
-    kernel = x.new_tensor([[1, 1, 1], [1, 5, 1], [1, 1, 1]]) / 13
-    smooth = x.clone()
-    smooth[..., 1:-1, 1:-1] = F.conv2d(x, kernel.expand(3, 1, 3, 3), groups=3)
-    return blend(smooth, x, factor)
+def enhance(x, what, factor):
+    """0: the image without brightness, contrast ..., 1: x itself, beyond 1: x exaggerated."""
+    return torch.lerp(WITHOUT[what](x), x, factor).clamp_(0.0, 1.0)
 
 
 def auto_contrast(x):
@@ -219,31 +211,20 @@ def equalize(x):
     return torch.where(step[..., None] > 0, table.gather(2, levels).view_as(x) / 255, x)
 
 
-def posterize(x, bits):
-    """Keep the `bits` highest of the 8 bits."""
-    step = per_image(2 ** (8 - bits))
+def posterize(x, step):
+    """Of 256 levels keep each `step`-th."""
     return ((x * 255).round() / step).floor() * step / 255
-
-
-def solarize(x, threshold):
-    """Invert what is at or above the threshold (of 255)."""
-    return torch.where(x < per_image(threshold / 255), x, 1 - x)
-
-
-def solarize_add(x, addend):
-    """Brighten what is below the middle (128 of 255) by addend / 255."""
-    return torch.where(x < 128 / 255, (x + per_image(addend / 255)).clamp(max=1.0), x)
 
 
 def colour_jitter(images, strength, draws):
     """Brightness, contrast and saturation, in random order, by a factor in 1 +- strength each."""
-    jitters = (brightness, contrast, saturation)
     for i in draws.order(3) if strength else ():
-        images = jitters[i](images, 1 + strength * (2 * draws.uniform(len(images)) - 1))
+        factor = 1 + strength * (2 * per_image(draws.uniform(len(images))) - 1)
+        images = enhance(images, ("brightness", "contrast", "saturation")[i], factor)
     return images
 
 
-# ---- geometry: x (n, 3, S, S), arguments (n,) or one number -> (n, 3, S, S) ----
+# ---- geometry: x (n, 3, S, S), arguments (n, 1, 1, 1) or one number -> (n, 3, S, S) ----
 
 def warp(x, xx=1.0, xy=0.0, dx=0.0, yx=0.0, yy=1.0, dy=0.0):
     """The output's (x, y) shows the input's (xx x + xy y + dx, yx x + yy y + dy), in [-1, 1].
@@ -251,8 +232,9 @@ def warp(x, xx=1.0, xy=0.0, dx=0.0, yx=0.0, yy=1.0, dy=0.0):
     Outside the input it is grey, 128 of 255 (timm: the mean of the data). Bilinear (timm: bilinear
     or bicubic at random).
     """
-    matrix = torch.stack([x.new_zeros(len(x)) + a for a in (xx, xy, dx, yx, yy, dy)], dim=1)
-    grid = F.affine_grid(matrix.view(-1, 2, 3), x.shape, align_corners=False)  # (n, S, S, 2)
+    zero = x.new_zeros(len(x), 1, 1, 1)
+    matrix = torch.stack([zero + a for a in (xx, xy, dx, yx, yy, dy)], dim=1).view(-1, 2, 3)
+    grid = F.affine_grid(matrix, x.shape, align_corners=False)  # (n, S, S, 2)
     outside = (grid.abs() > 1).any(dim=-1).unsqueeze(1)
     warped = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
     return warped.masked_fill_(outside, 128 / 255)
@@ -267,20 +249,22 @@ def rotate(x, degrees):
 # ---- RandAugment (timm's rand-m9-mstd0.5-inc1) ----
 
 # m: magnitude / 10, in [0, 1]; s: m or -m, as a coin decides. "Increasing": a higher magnitude
-# changes more. The image is 2 wide and high; a shear leaves its first row or column, y = -1 or
-# x = -1, where it is.
+# changes more. Levels are of 255. The image is 2 wide and high; a shear leaves its first row or
+# column, y = -1 or x = -1, where it is.
 OPS = {
     "AutoContrast": lambda x, m, s: auto_contrast(x),
     "Equalize": lambda x, m, s: equalize(x),
     "Invert": lambda x, m, s: 1 - x,
     "Rotate": lambda x, m, s: rotate(x, 30 * s),
-    "PosterizeIncreasing": lambda x, m, s: posterize(x, 4 - (4 * m).floor()),
-    "SolarizeIncreasing": lambda x, m, s: solarize(x, 256 - (256 * m).floor()),
-    "SolarizeAdd": lambda x, m, s: solarize_add(x, (110 * m).floor()),
-    "ColorIncreasing": lambda x, m, s: saturation(x, 1 + 0.9 * s),
-    "ContrastIncreasing": lambda x, m, s: contrast(x, 1 + 0.9 * s),
-    "BrightnessIncreasing": lambda x, m, s: brightness(x, 1 + 0.9 * s),
-    "SharpnessIncreasing": lambda x, m, s: sharpness(x, 1 + 0.9 * s),
+    "PosterizeIncreasing": lambda x, m, s: posterize(x, 2 ** (4 + (4 * m).floor())),
+    "SolarizeIncreasing": lambda x, m, s: torch.where(
+        x < (256 - (256 * m).floor()) / 255, x, 1 - x),
+    "SolarizeAdd": lambda x, m, s: torch.where(
+        x < 128 / 255, (x + (110 * m).floor() / 255).clamp(max=1.0), x),
+    "ColorIncreasing": lambda x, m, s: enhance(x, "saturation", 1 + 0.9 * s),
+    "ContrastIncreasing": lambda x, m, s: enhance(x, "contrast", 1 + 0.9 * s),
+    "BrightnessIncreasing": lambda x, m, s: enhance(x, "brightness", 1 + 0.9 * s),
+    "SharpnessIncreasing": lambda x, m, s: enhance(x, "sharpness", 1 + 0.9 * s),
     "ShearX": lambda x, m, s: warp(x, xy=0.3 * s, dx=0.3 * s),
     "ShearY": lambda x, m, s: warp(x, yx=0.3 * s, dy=0.3 * s),
     "TranslateXRel": lambda x, m, s: warp(x, dx=2 * 0.45 * s),
@@ -307,7 +291,7 @@ def apply_ops(images, op, signed):
     images = images.clone()
     for k, function in enumerate(OPS.values()):
         if len(chosen := (op == k).nonzero()[:, 0]):
-            s = signed[chosen]
+            s = per_image(signed[chosen])
             images[chosen] = function(images[chosen], s.abs(), s)
     return images
 

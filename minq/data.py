@@ -61,114 +61,110 @@ def load_text(source, vocab_size=None, special_ids=None, documents=None):
     path, is_bin = Path(source), str(source).endswith(".bin")
     if is_bin != (vocab_size is not None) or special_ids and not is_bin:
         raise UserError(f"--data {source}: --vocab-size is for .bin files of tokens, which need it")
-    files, words = [], None
+    words = None
     try:
         if is_bin:
-            tokens, names = read_tokens(path), path.with_suffix(".json")
-            words = json.loads(names.read_text("utf-8")) if names.exists() else None
-            if not isinstance(words or [], list):
-                raise ValueError(f"{names.name} holds no list of words")
+            tokens, words = read_tokens(path)
         else:
-            tokens, vocab_size = TEXTS.get(source, lambda: (read_files(path), BYTES))()
-        if isinstance(tokens, list):
-            files, tokens = tokens, as_bytes(b"\n".join(tokens))
+            files, vocab_size = TEXTS.get(source, lambda: (read_files(path), BYTES))()
+            tokens = joined(files)
     except (OSError, ValueError) as error:
         raise UserError(f"--data {source}: {error}; built in: {', '.join(TEXTS)}") from None
-    if tokens.size and (most := tokens.max()) >= vocab_size:
-        raise UserError(f"--data {source}: holds token {most}, if it is little-endian uint16; "
-                        f"--vocab-size is {vocab_size}")
+    if (most := tokens.max()) >= vocab_size:
+        raise UserError(f"--data {source}: holds token {most} as uint16; --vocab-size {vocab_size}")
     ids = special_ids or range(vocab_size, vocab_size + 4)
     is_bytes, sha256 = not is_bin and vocab_size == BYTES, hashlib.sha256(tokens).hexdigest()
     if documents and is_bytes == (documents in ("tokens", "rows")):
         raise UserError(f"--data {source}: --documents files or lines is for text, tokens for .bin")
     if documents in ("files", "lines"):
-        parts = tokens.tobytes().splitlines() if documents == "lines" else files
-        parts = [part.decode("latin-1") for part in parts if part.strip()]  # bytes as characters
-        cls, sep = map(chr, ids[1:3])
-        stream = cls + (sep + cls).join(parts) + sep
+        parts = files if documents == "files" else tokens.tobytes().splitlines()
+        _, cls, sep, _ = map(chr, ids)  # the stream is made of characters, for speed
+        stream = "".join(cls + part.decode("latin-1") + sep for part in parts if part.strip())
         tokens = np.frombuffer(stream.encode("utf-16-le"), dtype="<u2")
     return Text(tokens, is_bytes, words, max(vocab_size, max(ids) + 1), *ids, sha256, documents)
 
 
-def as_bytes(text):
-    return np.frombuffer(text, dtype=np.uint8)
+def joined(files):
+    """The bytes of files behind each other, uint8. A ValueError if there are none."""
+    if not any(map(len, files)):
+        raise ValueError("is empty; expected text")
+    return np.frombuffer(b"\n".join(files), dtype=np.uint8)
 
 
 def read_files(path):
     """The bytes of a file, or of each file below a folder in the order of their names."""
     below = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
     files = {file: file.read_bytes() for file in (below if path.is_dir() else [path])}
-    if not any(files.values()):
-        raise ValueError("is empty; expected text")
     for file, content in files.items():
-        if kind := found_instead(content):
-            raise ValueError(f"{file.name} looks like {kind}; expected text, in UTF-8 or alike")
+        refuse_others(file.name, content)
     return [*files.values()]
 
 
 def read_tokens(path):
-    """A .bin file, memory-mapped: little-endian uint16, one per token (nanoGPT's convention)."""
+    """A .bin file, memory-mapped: little-endian uint16, one per token (nanoGPT's convention). And
+    the list of words beside it, or None."""
     tokens = np.memmap(path, dtype="<u2", mode="r")  # a ValueError where bytes are odd or none
-    if kind := found_instead(tokens[:2 ** 20].tobytes(), tokens[:2 ** 20]):
-        raise ValueError(f"looks like {kind}; expected little-endian uint16 tokens, 2 bytes each")
-    return tokens
+    refuse_others(path.name, tokens[:2 ** 20].tobytes(), tokens[:2 ** 20])
+    names = path.with_suffix(".json")
+    words = json.loads(names.read_text("utf-8")) if names.exists() else None
+    if not isinstance(words or [], list):
+        raise ValueError(f"{names.name} holds no list of words")
+    return tokens, words
 
 
-def found_instead(content, tokens=None):
-    """What a file looks like, in words, if not like text or, with `tokens`, like tokens; or None.
+def refuse_others(name, content, tokens=None):
+    """A ValueError if a file does not look like text or, with `tokens`, not like tokens.
 
     Tokens of a text are no random numbers: small ones are common, wherever they stand in a group of
     four. Of integers of 4 or 8 bytes some place holds zeros; of floats from 1 on (in half precision
     this is 0x3c00, as bf16, fp32 and fp64 it begins with more) some place holds large ones.
     """
-    if content.startswith(PACKED):
-        return "a NumPy array, or a compressed file"
+    kinds = {"a NumPy array, or a compressed file": content.startswith(PACKED)}
     if tokens is None:
-        return "numbers (it holds bytes of 0)" if b"\0" in content else None
-    if len(tokens) < 64:  # of so few nothing can be said
-        return None
-    of_four = tokens[:len(tokens) // 4 * 4].reshape(-1, 4)
-    is_small = ((of_four > 0) & (of_four < 0x3c00)).any(axis=0)
-    if tokens.any() and not (is_small.all() and (tokens % 256).any()):
-        return "floats, integers of 4 or 8 bytes, or big-endian ones"
-    return "text" if min(content) > 8 else None
+        kinds["numbers (it holds bytes of 0)"] = b"\0" in content
+    elif len(tokens) >= 64:  # of fewer nothing can be said
+        of_four = tokens[:len(tokens) // 4 * 4].reshape(-1, 4)
+        is_small = ((of_four > 0) & (of_four < 0x3c00)).any(axis=0)
+        others = tokens.any() and not (is_small.all() and (tokens % 256).any())
+        kinds |= {"floats, integers of 4 or 8 bytes, or big-endian ones": others,
+                  "text": min(content) > 8}
+    if found := [kind for kind, is_it in kinds.items() if is_it]:
+        raise ValueError(f"{name} looks like {found[0]}; expected text, in UTF-8 or alike, or a "
+                         ".bin of little-endian uint16 tokens")
 
 
 def stdlib_files():
     """The source of the Python standard library, tests left out, in the order of file names."""
     root = Path(sysconfig.get_paths()["stdlib"])
     skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    paths = [path for path in root.rglob("*.py") if not skipped & set(path.relative_to(root).parts)
-             and not path.name.startswith("_sysconfigdata")]
-    paths.sort(key=lambda path: path.relative_to(root).as_posix())
-    if not paths:
-        raise ValueError(f"no Python source in {root}; give --data a text file")
-    return [path.read_bytes().replace(b"\r\n", b"\n") for path in paths]
+    paths = sorted(root.rglob("*.py"), key=Path.as_posix)
+    return [path.read_bytes().replace(b"\r\n", b"\n") for path in paths
+            if not skipped & set(path.relative_to(root).parts)
+            and not path.name.startswith("_sysconfigdata")]
 
 
 def downloaded(name, url, sha256):
     """The path of the file or folder `name` in an archive, kept in ~/.cache/minq (or
     XDG_CACHE_HOME/minq); the first call downloads it, checks it and unpacks it."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "minq")
-    if (cache / name).exists():
-        return cache / name
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:  # complete, or not there at all
-            packed = Path(scratch, url.rpartition("/")[2])
-            torch.hub.download_url_to_file(url, str(packed), hash_prefix=sha256)
-            shutil.unpack_archive(packed, scratch, **{"filter": "data"} if ".tar" in url else {})
-            os.replace(Path(scratch, name), cache / name)
+        if not (cache / name).exists():
+            cache.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=cache) as scratch:  # complete, or not there at all
+                packed = Path(scratch, url.rpartition("/")[2])
+                torch.hub.download_url_to_file(url, str(packed), hash_prefix=sha256)
+                shutil.unpack_archive(packed, scratch, **{"filter": "data"} if ".tar" in url else {})
+                os.replace(Path(scratch, name), cache / name)
     except (OSError, RuntimeError, shutil.ReadError) as error:
         raise UserError(f"{url}: no download: {error}; or put {name} into {cache}") from None
     return cache / name
 
 
-# A name for --data -> (tokens uint8, or the bytes of files; the size of their vocabulary). To add
-# one, name it here (or as lab/backcopy.py).
+# A name for --data -> (the bytes of files, the size of their vocabulary). To add one, name it here
+# (or as lab/backcopy.py).
 TEXTS |= {
     "stdlib": lambda: (stdlib_files(), BYTES),
-    "enwik8": lambda: (np.memmap(downloaded("enwik8", *ENWIK8), np.uint8, "r"), BYTES),
+    "enwik8": lambda: (read_files(downloaded("enwik8", *ENWIK8)), BYTES),
 }
 
 

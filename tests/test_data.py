@@ -76,7 +76,7 @@ def test_a_folder_is_its_files_in_order(tmp_path):
     (0, BYTES, (True, 260, 256, 259)), (ord("("), 2, (False, 6, 2, 5))])
 def test_a_text_with_a_name_is_one_entry(offset, size, expected, monkeypatch):
     tokens = np.frombuffer(b"()" * 500, dtype=np.uint8) - np.uint8(offset)
-    monkeypatch.setitem(TEXTS, "parens", lambda: (tokens, size))
+    monkeypatch.setitem(TEXTS, "parens", lambda: ([tokens], size))
     text = load_text("parens")
     assert (text.is_bytes, text.vocab_size, text.pad, text.mask) == expected
 
