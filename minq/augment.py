@@ -11,6 +11,7 @@ Images are floats in [0, 1], (B, 3, H, W), and nothing rounds them to 8 bits bet
 PIL does. Randomness comes from `draws` alone; they are made on the device of the images.
 """
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +35,8 @@ def augment(images, labels, classes, draws, size, crop_scale=0.08, flip=0.5, ran
     targets (B, classes). 0 switches a piece off; without `crop_scale`, the smallest share of the
     area that a crop keeps, images are cropped as for evaluation.
     """
-    if crop_scale:
-        images = random_resized_crop(images, size, (crop_scale, 1.0), (3 / 4, 4 / 3), draws)
-    else:
-        images = centre_crop(images, size)
+    images = (random_resized_crop(images, size, (crop_scale, 1.0), (3 / 4, 4 / 3), draws)
+              if crop_scale else centre_crop(images, size))
     images = random_flip(images, flip, draws)
     images = randomly_augmented(images, rand_augment, rand_magnitude, draws)
     images = colour_jitter(images, jitter, draws)
@@ -59,17 +58,9 @@ class Draws:
     def one(self):
         return torch.rand((), **self.source).item()
 
-    def uniform(self, n, *shape):
-        return torch.rand(self.size or n, *shape, **self.source)[self.places]
-
-    def normal(self, n):
-        return torch.randn(self.size or n, **self.source)[self.places]
-
-    def integer(self, below, n):
-        return torch.randint(below, (self.size or n,), **self.source)[self.places]
-
-    def order(self, n):
-        return torch.randperm(n, **self.source).tolist()
+    def each(self, n, *shape, kind=torch.rand):
+        """(n, *shape): numbers of each image, from 0 to 1, or of another `kind`."""
+        return kind((self.size or n, *shape), **self.source)[self.places]
 
     def beta(self, alpha):
         """One draw from Beta(alpha, alpha), as the share of one of two gamma draws."""
@@ -88,7 +79,7 @@ def per_image(values):
 def random_resized_crop(images, size, scale, ratio, draws):
     """Cut a random box out of each image and resize it to size x size, bilinear or bicubic."""
     boxes = draw_boxes(len(images), *images.shape[-2:], scale, ratio, draws)
-    return crop_and_resize(images, boxes, size, bicubic=draws.uniform(len(images)) < 0.5)
+    return crop_and_resize(images, boxes, size, bicubic=draws.each(len(images)) < 0.5)
 
 
 def draw_boxes(n, height, width, scale, ratio, draws):
@@ -99,9 +90,9 @@ def draw_boxes(n, height, width, scale, ratio, draws):
     the image. If none of ten fits, the largest central box whose ratio is allowed is taken.
     """
     tries = 10
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws.uniform(n, tries))
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * draws.each(n, tries))
     low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = (low + (high - low) * draws.uniform(n, tries)).exp()
+    aspect = (low + (high - low) * draws.each(n, tries)).exp()
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()  # (n, tries)
     fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
 
@@ -110,7 +101,7 @@ def draw_boxes(n, height, width, scale, ratio, draws):
     h = F.pad(h, (0, 1), value=min(height, round(width / ratio[0])))
     first = F.pad(fits, (0, 1), value=True).int().argmax(dim=1, keepdim=True)
     w, h, central = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0], first[:, 0] == tries
-    top, left = (torch.where(central, (room / 2).floor(), (draws.uniform(n) * (room + 1)).floor())
+    top, left = (torch.where(central, (room / 2).floor(), (draws.each(n) * (room + 1)).floor())
                  for room in (height - h, width - w))
     return top, left, h, w
 
@@ -147,7 +138,7 @@ def resize_matrix(start, length, full, size, bicubic):
 
 def random_flip(images, probability, draws):
     """Mirror each image, left for right, with the given probability."""
-    return torch.where(per_image(draws.uniform(len(images)) < probability), images.flip(-1), images)
+    return torch.where(per_image(draws.each(len(images)) < probability), images.flip(-1), images)
 
 
 def centre_crop(images, size):
@@ -218,8 +209,8 @@ def posterize(x, step):
 
 def colour_jitter(images, strength, draws):
     """Brightness, contrast and saturation, in random order, by a factor in 1 +- strength each."""
-    for i in draws.order(3) if strength else ():
-        factor = 1 + strength * (2 * per_image(draws.uniform(len(images))) - 1)
+    for i in torch.randperm(3, **draws.source).tolist() if strength else ():
+        factor = 1 + strength * (2 * per_image(draws.each(len(images))) - 1)
         images = enhance(images, ("brightness", "contrast", "saturation")[i], factor)
     return images
 
@@ -279,10 +270,10 @@ def randomly_augmented(images, layers, magnitude, draws):
     """
     B = len(images)
     for _ in range(layers):
-        op = draws.integer(len(OPS), B)
-        op[draws.uniform(B) < 0.5] = -1
-        m = ((magnitude + 0.5 * draws.normal(B)) / 10).clamp(0.0, 1.0)
-        images = apply_ops(images, op, torch.where(draws.uniform(B) < 0.5, m, -m))
+        op = draws.each(B, kind=partial(torch.randint, len(OPS)))
+        op[draws.each(B) < 0.5] = -1
+        m = ((magnitude + 0.5 * draws.each(B, kind=torch.randn)) / 10).clamp(0.0, 1.0)
+        images = apply_ops(images, op, torch.where(draws.each(B) < 0.5, m, -m))
     return images
 
 

@@ -151,9 +151,9 @@ def downloaded(name, url, sha256):
         if not (cache / name).exists():
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache) as scratch:  # complete, or not there at all
-                packed = Path(scratch, url.rpartition("/")[2])
-                torch.hub.download_url_to_file(url, str(packed), hash_prefix=sha256)
-                shutil.unpack_archive(packed, scratch, **{"filter": "data"} if ".tar" in url else {})
+                file = Path(scratch, url.rpartition("/")[2])
+                torch.hub.download_url_to_file(url, str(file), hash_prefix=sha256)
+                shutil.unpack_archive(file, scratch, **{"filter": "data"} if ".tar" in url else {})
                 os.replace(Path(scratch, name), cache / name)
     except (OSError, RuntimeError, shutil.ReadError) as error:
         raise UserError(f"{url}: no download: {error}; or put {name} into {cache}") from None
@@ -162,10 +162,8 @@ def downloaded(name, url, sha256):
 
 # A name for --data -> (the bytes of files, the size of their vocabulary). To add one, name it here
 # (or as lab/backcopy.py).
-TEXTS |= {
-    "stdlib": lambda: (stdlib_files(), BYTES),
-    "enwik8": lambda: (read_files(downloaded("enwik8", *ENWIK8)), BYTES),
-}
+TEXTS["stdlib"] = lambda: (stdlib_files(), BYTES)
+TEXTS["enwik8"] = lambda: (read_files(downloaded("enwik8", *ENWIK8)), BYTES)
 
 
 # ---- batches ----

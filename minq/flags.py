@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
 
-import torch
+from torch import OutOfMemoryError
 
 
 class UserError(ValueError):
@@ -35,13 +35,12 @@ def one_line_errors(main):
             sys.stdout.reconfigure(errors="replace")  # an arrow that its encoding has not becomes ?
         try:
             return main(argv)
-        except UserError as error:
+        except (UserError, MemoryError, RuntimeError) as error:
             line = str(error)
-        except (MemoryError, RuntimeError) as error:
-            lacks = "allocate memory" in str(error) or isinstance(error, torch.OutOfMemoryError)
-            if not lacks and not isinstance(error, MemoryError):
+            if isinstance(error, (MemoryError, OutOfMemoryError)) or "allocate memory" in line:
+                line = f"out of memory: {line}; make --batch-size, --seq-len or the model smaller"
+            elif not isinstance(error, UserError):
                 raise
-            line = f"out of memory: {error}; make --batch-size, --seq-len or the model smaller"
         print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     return guarded

@@ -80,26 +80,17 @@ def sha256_of(train, validation):
 # ---- folders ----
 
 def read_folder(folder):
-    """(train, validation) of a folder, whose layout shows in the names of its files."""
-    if batches := sorted(folder.glob("data_batch_*.bin")):
-        return read_cifar10(batches), read_cifar10([folder / "test_batch.bin"])
-    if (folder / "images.npy").exists():
-        return read_arrays(folder)
-    raise ValueError("expected CIFAR-10's data_batch_*.bin and test_batch.bin, or images.npy")
+    """(train, validation) of a folder, whose layout shows in the names of its files.
 
-
-def read_cifar10(paths):
-    """CIFAR-10's binary layout: records of a label, then all red values, green, blue."""
-    records = np.concatenate([np.fromfile(path, np.uint8) for path in paths]).reshape(-1, 3073)
-    return Part(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0])
-
-
-def read_arrays(folder):
-    """images.npy, uint8 (N, H, W, 3), which stays on disk, and labels.npy: the way for ImageNet.
-
+    images.npy, uint8 (N, H, W, 3), which stays on disk, and labels.npy are the way for ImageNet;
     val_images.npy and val_labels.npy are to validate with. Without them a tenth of the rows is,
     chosen at random and always the same, because such arrays are often sorted by class.
     """
+    if batches := sorted(folder.glob("data_batch_*.bin")):
+        return read_cifar10(batches), read_cifar10([folder / "test_batch.bin"])
+    if not (folder / "images.npy").exists():
+        raise ValueError("expected CIFAR-10's data_batch_*.bin and test_batch.bin, or images.npy")
+
     def part(prefix):
         return Part(*(np.load(folder / f"{prefix}{x}.npy", "r") for x in ("images", "labels")))
 
@@ -109,6 +100,12 @@ def read_arrays(folder):
     rows = np.random.default_rng(0).permutation(len(train.labels))
     boundary = int(len(rows) * (1 - VALIDATION_SHARE))
     return [Part(train.images, train.labels, np.sort(x)) for x in np.split(rows, [boundary])]
+
+
+def read_cifar10(paths):
+    """CIFAR-10's binary layout: records of a label, then all red values, green, blue."""
+    records = np.concatenate([np.fromfile(path, np.uint8) for path in paths]).reshape(-1, 3073)
+    return Part(records[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), records[:, 0])
 
 
 # ---- pictures drawn by code: an object of ten classes on a background that tells nothing ----

@@ -300,9 +300,8 @@ def open_run(folder, device, data_source=None, family=None):
         model.load_state_dict(checkpoint["model"])
     except (KeyError, TypeError, RuntimeError, UserError) as error:
         raise UserError(f"{folder}: not of this code: {' '.join(str(error).split())}") from None
-    source = data_source or checkpoint["args"]["data"]
-    if not data_source and Path(folder, source).exists():
-        source = str(Path(folder, source))
+    named = checkpoint["args"]["data"]
+    source = data_source or str(own if (own := Path(folder, named)).exists() else named)
     checkpoint["args"]["data"] = source
     data = open_data(checkpoint, source)
     if not data_source:

@@ -266,7 +266,7 @@ EDITS = {
     "an estimator": (1, before(QUANT, '    "running": ', shown('"p99.9"'))),
     "a data set": (
         5, before("minq/data.py", "# A name for --data", shown("def repeats") + "\n\n"),
-        before("minq/data.py", '    "enwik8": ', shown('"repeats"'))),
+        before("minq/data.py", 'TEXTS["enwik8"]', shown('TEXTS["repeats"]', 0))),
     "SGD": (1, instead("train_bert.py", "optimizer = ", shown("optimizer = "))),
     "RMSNorm": (1, before(MODEL, "\n\n# ---- configuration", shown("NORMS[", 0))),
     "rotary positions": (

@@ -18,8 +18,8 @@ from running import SMALL, run, saved, small, start
 
 def command(script):
     """What stands before the words of a row."""
-    if script in ("quantize.py", "lab.remove"):
-        return [script, "bert"]
+    if opened := {"quantize.py": "vit", "lab.remove": "bert"}.get(script):
+        return [script, opened]
     return [*small(f"{script}.py", "corpus.txt", "cifar"), "--out", "new"]
 
 
@@ -99,7 +99,7 @@ train_bert --resume                           | new: no run here
 train_bert --resume --out bert --lr 0.5       | --lr 0.5 | 0.0015
 train_bert --resume --out weights             | weights has weights only
 train_bert --data nowhere                     | nowhere: | No such file | built in: | stdlib
-train_bert --data short.txt                   | 1 tokens | --seq-len 16
+train_bert --data short.txt                   | 9 tokens | --seq-len 16
 train_bert --data seventy.bin                 | seventy.bin: | --vocab-size
 train_bert --data seventy.bin --vocab-size 70 | seventy.bin: holds token 70 | --vocab-size
 train_opt --sample 5 --out bert               | bert: a run of bert, expected one of opt
@@ -108,7 +108,7 @@ train_vit --epochs 2                          | --steps 6 | --epochs 2 | give on
 train_vit --cutmix 1 --batch-size 7           | --batch-size 7: | pairs
 train_vit --data nothing                      | nothing: expected | built in: shapes, cifar10
 quantize.py nothing                           | nothing: no run here
-quantize.py vit --data sixty                  | vit: its model has classes 10, the data 60
+quantize.py --data sixty                      | vit: its model has classes 10, the data 60
 """
 TABLE = [*rows_of(VALUES)]
 for words, *messages in (map(str.strip, row.split("|")) for row in ROWS.strip().splitlines()):
