@@ -15,7 +15,7 @@ import torch.nn as nn
 from lab.backcopy import SYMBOLS, bigram_backcopy
 from minq.data import BYTES, IGNORE, TEXTS, CausalText, MaskedText, load_text
 from minq.flags import UserError
-from minq.runs import Run, open_data
+from minq.runs import Run
 
 
 @pytest.fixture(scope="module")
@@ -233,10 +233,3 @@ def test_ranks_and_micro_batches_slice_the_global_batch(text, accumulate, world)
     assert synced == ([False] * (accumulate - 1) + [True]) * world
     expected = np.concatenate(batch, axis=1)
     assert sorted(map(tuple, np.concatenate(parts))) == sorted(map(tuple, expected))
-
-
-def test_a_runs_data_is_told_by_its_family(corpus):
-    args = {"vocab_size": None, "special_ids": None, "mask_prob": 0.3}
-    opened = lambda family: open_data(dict(family=family, args=args, config={"seq_len": 9}), corpus)
-    assert type(opened("opt")) is CausalText and opened("opt").seq_len == 9
-    assert type(opened("bert")) is MaskedText and opened("bert").mask_prob == 0.3

@@ -24,7 +24,9 @@ def test_runs_that_were_killed_end_as_if_they_had_not_been():
 
 @pytest.mark.parametrize("command", [
     "train_bert.py --accumulate 2 --precision fp16", "train_opt.py --fake-quant --precision bf16",
-    "train_vit.py --rand-augment 2 --mixup 0.8 --cutmix 1"])
+    "train_vit.py --rand-augment 2 --mixup 0.8 --cutmix 1", "train_bert.py --optimizer muon",
+    "train_bert.py --optimizer muon --precision fp16",  # queries and keys have gains:
+    "train_bert.py --attention qk-norm --norm rmsnorm --decay-layernorm"])
 def test_what_was_logged_after_the_last_checkpoint_is_logged_again(corpus, cifar, tmp_path,
                                                                    monkeypatch, command):
     script, *options = command.split()

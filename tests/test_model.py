@@ -111,15 +111,8 @@ def test_a_config_is_made_of_the_arguments_that_it_knows():
     assert BertConfig(gamma=-0.03).gamma == -0.03 and BertConfig().gamma == 0
 
 
-@pytest.mark.parametrize("make, error, message", [
-    (lambda: BertConfig(heads=5), flags.UserError, "--heads 5 does not divide --width 128"),
-    (lambda: ViTConfig(patch_size=5), flags.UserError, "--patch-size 5 does not divide .*32"),
-    (lambda: BertConfig(attention="soft"), flags.UserError, "--attention soft: expected one of"),
-    (lambda: BertConfig(attention="clipped", fused=True), flags.UserError, "--attention clipped"),
-    (lambda: BertConfig(aplha=3.0), TypeError, "aplha"),
-    (lambda: BertConfig.of(Namespace(), seqlen=3), TypeError, "seqlen"),
-    (lambda: flags.read_flags("bert", BertConfig, flags.Parser(""), {"laptop": {"aplha": 3.0}}, []),
-     KeyError, "aplha")])
-def test_a_wrong_setting_is_an_error(make, error, message):
-    with pytest.raises(error, match=message):
-        make()
+def test_a_misspelt_setting_is_an_error():
+    with pytest.raises(TypeError, match="seqlen"):
+        BertConfig.of(Namespace(), seqlen=3)
+    with pytest.raises(KeyError, match="aplha"):
+        flags.read_flags("bert", BertConfig, flags.Parser(""), {"laptop": {"aplha": 3.0}}, [])

@@ -8,20 +8,9 @@ import torch
 
 from minq.flags import UserError
 from minq.runs import load_checkpoint, open_run
-from running import (ROOT, SMALL, differences, logged, run, same, saved, small, stopped_at,
-                     train)
+from running import ROOT, SMALL, differences, logged, run, saved, small, stopped_at, train
 
 CPU = torch.device("cpu")
-
-
-def test_an_opened_run_is_what_was_trained(corpus, tmp_path):
-    train(corpus, tmp_path / "run", "--attention", "gated", "--gate", "mlp", "--gate-hidden", 3,
-          "--dropout", 0.1)
-    opened, last = open_run(tmp_path / "run", CPU), logged(tmp_path / "run")[-1]
-    assert opened.score(opened.model) == last["perplexity"] == last["float_perplexity"]
-    assert same(dict(opened.model.state_dict()), dict(saved(tmp_path / "run")["model"]))
-    assert opened.model.layers[0].attention.gate.weight1.shape == (4, 8, 3)
-    assert not opened.model.training
 
 
 @pytest.mark.parametrize("script", ["train_bert.py", "train_vit.py"])
@@ -29,6 +18,7 @@ def test_calibration_sees_other_batches_than_training_and_each_seed_others(corpu
                                                                            script):
     run(*small(script, corpus, cifar), "--steps", 1, "--warmup", 0, "--out", tmp_path / "run")
     opened = open_run(tmp_path / "run", CPU)
+    assert not opened.model.training
     trained = [opened.data.to_model(*opened.data.train_batch(0, step, 8))[0] for step in range(4)]
     once, again = ([inputs for seed in range(3) for inputs in opened.calibration_inputs(seed, 4)]
                    for _ in range(2))
