@@ -10,6 +10,7 @@ fork of this process, which spares it the import of torch.
 """
 import argparse
 import importlib
+import multiprocessing
 import os
 import random
 import signal
@@ -37,6 +38,7 @@ KINDS = {  # name -> (processes, script and flags)
     "opt, two processes": (2, "train_opt.py --seq-len 16 --accumulate 2 --save-every 2"),
 }
 COLUMNS = ("kills", "in writing", "no checkpoint", "runs", "identical")
+FORK = multiprocessing.get_context("fork")
 PATIENCE = 60  # seconds until a process whose partner was killed must have ended
 
 
@@ -47,46 +49,34 @@ class Training:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        main = importlib.import_module(script.removesuffix(".py")).main
-        self.pids = []
+        self.processes = []
         for rank in map(str, range(processes)):
-            self.pids.append(os.fork())
-            if self.pids[-1] == 0:
-                place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
-                os.environ |= address | place if processes > 1 else {}
-                self.become(main, argv, log)
+            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)} | address
+            given = script, [str(word) for word in argv], log, place if processes > 1 else {}
+            self.processes.append(FORK.Process(target=self.become, args=given, daemon=True))
+            self.processes[-1].start()
+        self.pids = [process.pid for process in self.processes]
 
     @staticmethod
-    def become(main, argv, log):
-        """What a child does; does not return."""
-        code = 1
-        try:
-            os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
-            os.dup2(1, 2)
-            main([str(word) for word in argv])
-            code = 0
-        except SystemExit as exit:
-            code = exit.code
-        except BaseException as error:
-            os.write(2, f"{type(error).__name__}: {error}\n".encode())
-        finally:
-            os._exit(code)
+    def become(script, argv, log, place):
+        """What a child does."""
+        os.environ |= place
+        os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        importlib.import_module(script.removesuffix(".py")).main(argv)
 
     def running(self):
-        look = os.WEXITED | os.WNOHANG | os.WNOWAIT
-        return all(os.waitid(os.P_PID, pid, look) is None for pid in self.pids)
+        return all(process.is_alive() for process in self.processes)
 
     def wait(self, seconds=600):
         """Exit codes of all processes, which must have ended by then."""
-        codes, end = [], time.monotonic() + seconds
-        for pid in self.pids:
-            while not (found := os.waitpid(pid, os.WNOHANG))[0]:
-                time.sleep(0.005)
-                if time.monotonic() > end:
-                    os.kill(pid, signal.SIGKILL)
-                    raise TimeoutError(f"process {pid} went on for {seconds} seconds")
-            codes.append(os.waitstatus_to_exitcode(found[1]))
-        return codes
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.join(max(0, end - time.monotonic()))
+            if process.is_alive():
+                process.kill()
+                raise TimeoutError(f"process {process.pid} went on for {seconds} seconds")
+        return [process.exitcode for process in self.processes]
 
 
 class Kind:

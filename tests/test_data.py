@@ -66,12 +66,6 @@ def test_a_bin_has_specials_behind_its_vocabulary_or_elsewhere(tmp_path, special
     assert load_text(tmp_path / "tokens.bin", 1000, special_ids).words == ["a", "b"]
 
 
-def test_a_folder_is_its_files_in_order(tmp_path):
-    for name, words in (("b.txt", b"two"), ("a.txt", b"one"), (".hidden", b"no")):
-        (tmp_path / name).write_bytes(words)
-    assert load_text(tmp_path).tokens.tobytes() == b"one\ntwo"
-
-
 @pytest.mark.parametrize("offset, size, expected", [
     (0, BYTES, (True, 260, 256, 259)), (ord("("), 2, (False, 6, 2, 5))])
 def test_a_text_with_a_name_is_one_entry(offset, size, expected, monkeypatch):
@@ -143,8 +137,10 @@ def test_documents_are_delimited_inside_the_windows(tmp_path, documents):
     stream = [i for part in parts for i in (257, *part, 258)]
     np.array(stream, "<u2").tofile(tmp_path / "t.bin")
     os.mkdir(tmp_path / "folder")
-    for i, content in enumerate(files):
-        (tmp_path / "folder" / f"{i:03}.txt").write_bytes(content)
+    for name, content in [(".hidden", b"no"), *zip(range(999, 849, -1), reversed(files))]:
+        (tmp_path / "folder" / f"{name}").write_bytes(content)
+    whole = load_text(tmp_path / "folder").tokens  # in the order of their names
+    assert whole.tobytes() == b"\n".join(files)
     text = (load_text(tmp_path / "t.bin", 260, [256, 257, 258, 259], documents)
             if documents == "tokens" else load_text(tmp_path / "folder", documents=documents))
     assert text.tokens.tolist() == stream

@@ -16,19 +16,13 @@ from small import inputs, small
 def test_norms_and_outliers_equal_numpy_and_scipy():
     x = torch.randn(3, 50, 40, generator=torch.Generator().manual_seed(0))
     x[1, 7, 5], x[2, :, 9] = -60.0, x[2, :, 9] + 25.0
+    x[0] *= 0.01  # no epsilon
     for sample, inf, kurt, far in zip(x.double().numpy(), inf_norm(x), kurtosis(x), is_outlier(x)):
         assert inf.item() == pytest.approx(np.abs(sample).max())
         expected = scipy.stats.kurtosis(sample, axis=None, fisher=False)
         assert kurt.item() == pytest.approx(expected, rel=1e-4)
         expected = np.abs(sample - sample.mean()) > 6 * sample.std()  # footnote 1
         assert np.array_equal(far.numpy(), expected) and (far.any() or inf < 6)
-
-
-def test_kurtosis_is_not_excess_has_no_epsilon_and_is_at_most_the_number_of_values():
-    gaussian, alone = torch.randn(1, 1000, 1000), torch.zeros(1, 30, 20)
-    alone[0, 3, 4] = 1.0
-    found = [kurtosis(x).item() for x in (gaussian, gaussian * 0.02, alone)]
-    assert found == pytest.approx([3, 3, 600], rel=0.01)
 
 
 # ---- growth ----
@@ -54,18 +48,8 @@ def test_growth_is_what_is_written_out(outlier, shape):
     for i, sample in enumerate(x.flatten(1, -2).double().tolist()):
         measured = [found[name][i].item() for name in ("sigma", "max_over_sigma", "share")]
         assert measured == pytest.approx(written_out(sample), rel=1e-4)
-
-
-@pytest.mark.parametrize("M, noise, share", [
-    (40, 1, 0.962), (80, 1, 0.990), (800, 1, 0.9999), (1, 0, 1)])
-def test_the_share_saturates_and_max_over_sigma_does_not(M, noise, share):
-    """M over a noise of sigma 1 in d dimensions: share M^2 / (M^2 + d - 1). M alone: infinite."""
-    x = torch.full((1, 2, 64), float(noise))
-    x[0, 1], x[0, 0, 3] = -noise, M
-    found = growth(x)
-    height = M / noise if noise else math.inf
-    assert found["max_over_sigma"].item() == pytest.approx(height, rel=1e-5)
-    assert found["share"].item() == pytest.approx(share, abs=5e-4)
+    alone = growth(torch.eye(24)[7].view(1, 4, 6))  # what one value is, beside zeros
+    assert alone["max_over_sigma"] == math.inf and alone["share"] == 1
 
 
 # ---- watching a model ----

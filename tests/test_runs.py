@@ -32,8 +32,6 @@ def test_calibration_sees_other_batches_than_training_and_each_seed_others(corpu
 def test_a_run_in_the_way_is_kept_until_another_has_begun(corpus, tmp_path, monkeypatch):
     train(corpus, tmp_path / "run")
     before = [path.read_bytes() for path in sorted((tmp_path / "run").iterdir())]
-    _, err = train(corpus, tmp_path / "run", code=2)
-    assert "--resume" in err and "--overwrite" in err and err.splitlines()[-1][:7] == "error: "
     with monkeypatch.context() as patched, pytest.raises(ZeroDivisionError):
         patched.setattr("train_bert.set_lr", lambda *_: 1 / 0)  # in the first step
         train(corpus, tmp_path / "run", "--overwrite")

@@ -96,16 +96,13 @@ def test_the_loop_is_adamw_on_the_mean_of_the_global_batch(corpus, cifar, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_compiled_run_is_near_an_eager_one_and_resumes(corpus, tmp_path, monkeypatch):
+def test_a_compiled_run_resumes(corpus, tmp_path, monkeypatch):
     options = ["--layers", 1, "--save-every", 3, "--eval-every", 2]
-    train(corpus, tmp_path / "eager", *options)
     train(corpus, tmp_path / "whole", "--compile", *options)
     with stopped_at(3, monkeypatch):
         train(corpus, tmp_path / "stopped", "--compile", *options)
     run("train_bert.py", "--resume", "--compile", "--out", tmp_path / "stopped")
     assert not differences(tmp_path / "whole", tmp_path / "stopped")
-    for eager, compiled in zip(logged(tmp_path / "eager"), logged(tmp_path / "whole")):
-        assert compiled["loss"] == pytest.approx(eager["loss"], rel=1e-3)
 
 
 # ---- settings ----
