@@ -135,10 +135,9 @@ class Averages:
     @property
     def mean(self):
         """tap -> metric -> list over places of the mean over samples (a float, or a list)."""
-        of_places = lambda tap, metric: [(sums[metric] / count).tolist() for sums, count
-                                         in zip(self.sums[tap], self.counts[tap])]
-        return {tap: {metric: of_places(tap, metric) for metric in places[0]}
-                for tap, places in self.sums.items()}
+        found = {tap: [*zip(self.sums[tap], self.counts[tap])] for tap in self.sums}
+        return {tap: {metric: [(sums[metric] / n).tolist() for sums, n in places]
+                      for metric in places[0][0]} for tap, places in found.items()}
 
     def max_inf_norm(self, tap):
         """Mean over samples, then the largest layer's (Table 2's "Max inf. norm")."""

@@ -38,7 +38,7 @@ def anchors(page):
 
 
 def defines(path, name):
-    definition = rf"^\s*(def|class) {name}\b" + rf"|^{name}\s*\|?=" * name.isupper()
+    definition = rf"^\s*(def|class) {name}\b" + rf"|^{name}(\[.*\])?\s*\|?=" * name.isupper()
     return re.search(definition, path.read_text(), re.MULTILINE)
 
 

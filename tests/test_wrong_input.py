@@ -56,8 +56,8 @@ train_bert --seed -1 5000000000 --lr 0 inf nan fast --weight-decay inf -1 --clip
 train_bert --dropout nan 1 --init-std inf --mask-prob nan 0 --eval-batches 0 --accumulate 0
 train_bert --gamma 0.1 -inf --zeta 0.9 inf --alpha nan inf --gate-init 1 nan --heads 0 5 --layers 0
 train_bert --attention linear --activation swish --preset huge --precision fp8 --optimizer sgd
-train_bert --device toaster meta cuda cuda:99 --a-bits 1 --w-bits 17 --fake-quant-granularity channel
-train_bert --vocab-size 0 100000 --special-ids 1,2,3 1,2,3,4,1 1,1,2,3 a,b,c,d
+train_bert --device toaster meta cuda cuda:99 --a-bits 1 --w-bits 17 --vocab-size 0 100000
+train_bert --fake-quant-granularity channel --special-ids 1,2,3 1,2,3,4,1 1,1,2,3 a,b,c,d
 train_opt --sample 0 --lr inf --gate none --norm batchnorm --positions normal --mask-prob 0.1
 train_vit --crop-scale 2 nan --flip 1.5 --jitter inf --mixup inf --cutmix nan --rand-magnitude 11
 train_vit --rand-augment 1000000000 --image-size 0 --patch-size 5 64 --epochs 0 --seq-len 8
