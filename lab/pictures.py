@@ -107,8 +107,8 @@ def removal(ax):
     ax.set(xlabel=f"{LOST} in floating point")
 
 
-PICTURES = ((bits, 1, 4.5), (removal, 1, 4), (rates, 1, 4.5), (gamma, 2, 4), (cures, 2, 5.5), (remedies, 2, 5),
-            (budget, 2, 4))
+PICTURES = ((bits, 1, 4.5), (removal, 1, 4), (rates, 1, 4.5), (gamma, 2, 4), (cures, 2, 5.5),
+            (remedies, 2, 5), (budget, 2, 4))
 
 
 @flags.one_line_errors
