@@ -34,7 +34,8 @@ def main(argv=None):
     add("--w-estimator", choices=W_ESTIMATORS, default="minmax", help="weights' range (sec. C.4)")
     add("--a-estimator", choices=A_ESTIMATORS, default="running", help="activations' range")
     add("--best", action="store_true", help="try every pair of these, keep the best")
-    add("--w-granularity", choices=("tensor", "channel"), default="tensor", help="per scale")
+    add("--w-granularity", choices=("tensor", "channel"), default="tensor",
+        help="weights that share a scale")
     args = parser.parse_args(argv)
     widths = [(args.w_bits or b, args.a_bits or b) for b in args.bits]
     pairs = [*product(W_ESTIMATORS, A_ESTIMATORS)] if args.best else [
