@@ -2,9 +2,11 @@
 import json
 
 import pytest
+import torch
 
 from lab.damage import last_hidden
-from minq.quant import quantize_model
+from lab.repair import LearnedQuantizer
+from minq.quant import ActivationQuantizer, quantize_model
 from running import assert_same_weights, opened, run, saved, stopped_at
 
 IDENTITY = ["gated", "gated --gate mlp --gate-init 0.3", "gated --gate all-heads --gate-init 0.1",
@@ -67,6 +69,23 @@ def test_what_does_not_fit_is_one_line(runs, tmp_path, flags, wanted):
                  tmp_path / "r", code=2)
     assert wanted in err and err.count("\n") == 1
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
+
+
+def test_a_learned_quantizer_rounds_as_ever_and_has_lsqs_gradients():
+    """d/dx is 1 within the range and 0 beyond; d/ds is round(x / s) - x / s within."""
+    tap = ActivationQuantizer(4)
+    with torch.no_grad():
+        tap.observe(torch.tensor([-0.6, 1.5]))
+    learned, s, z = LearnedQuantizer(tap), tap.scale, tap.zero_point
+    x = torch.tensor([-2.0, -0.33, 0.0, 0.47, 1.21, 3.0], requires_grad=True)
+    y = learned(x)
+    torch.testing.assert_close(y, tap.on_grid(x))
+    y.sum().backward()
+    inside = torch.tensor([0.0, 1, 1, 1, 1, 0])
+    torch.testing.assert_close(x.grad, inside)
+    of_s = inside * ((x / s).round() - x / s) + torch.tensor([1.0, 0, 0, 0, 0, 0]) * -z
+    of_s[-1] = 15 - z
+    torch.testing.assert_close(learned.tenth.grad, 10 * s * of_s.sum().detach())
 
 
 @pytest.mark.slow
