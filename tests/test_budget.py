@@ -54,6 +54,7 @@ def test_gains_are_what_noise_does(known, kind, tap):
     assert nats / predictions == pytest.approx(1e-3 * gain["nats"] / gain["states"], rel=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, bits", [("post-LN", 8), ("pre-LN", 7), ("cured", 6)])
 def test_the_budget_is_what_quantization_costs(known, kind, bits):
     predicted = budget.predict(known[kind, "tensors"], bits)
@@ -62,6 +63,7 @@ def test_the_budget_is_what_quantization_costs(known, kind, bits):
     assert predicted["predicted_loss"] == pytest.approx(measured["loss_percent"], rel=0.5)
 
 
+@pytest.mark.slow
 def test_a_bit_is_worth_six_db_and_a_range_per_token_is_a_sum_over_tokens(known):
     tensors = known["pre-LN", "tensors"]
     decibels = [budget.predict(tensors, bits)["predicted_sqnr"] for bits in (12, 13)]

@@ -59,7 +59,8 @@ def test_a_run_remembers_where_it_came_from_and_resumes(runs, tmp_path, monkeypa
 
 @pytest.mark.parametrize("flags, wanted", [
     ("--width 64", "--width 64: the run --from has 32"),
-    ("--data backcopy", "vocab_size 68; the run --from has 260"),
+    pytest.param("--data backcopy", "vocab_size 68; the run --from has 260",
+                 marks=pytest.mark.slow),
     ("--from nowhere", "no run here"),
     ("--from {opt}", "a run of opt, expected one of bert"),
 ])

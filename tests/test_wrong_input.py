@@ -164,7 +164,8 @@ def test_only_wrong_input_and_a_lack_of_memory_become_a_line(capsys, action, lin
 # ---- output that goes nowhere, or in another encoding ----
 
 @pytest.mark.parametrize("script", [
-    "quantize", "lab.damage", "lab.remedies", "lab.analyze", "lab.integer"])
+    "quantize", "lab.damage", pytest.param("lab.remedies", marks=pytest.mark.slow), "lab.analyze",
+    "lab.integer"])
 def test_numbers_are_written_before_they_are_printed(world, tmp_path, script):
     class Closed(io.StringIO):
         def write(self, text):
