@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.backcopy, lab.cures, lab.muon, lab.repair  # noqa: F401, what more flags name
+import lab.backcopy, lab.cures, lab.muon, lab.repair  # noqa: F401, more choices for flags
 from minq import flags
 from minq.data import IGNORE, MaskedText, load_text
 from minq.fake_quant import fake_quantize_training
@@ -46,7 +46,7 @@ def main(argv=None):
     parser.add_argument("--mask-prob", type=flags.fraction, help="share of tokens to predict")
     flags.add_training_flags(parser, OPTIMIZERS)
     args, typed = flags.read_flags("bert", BertConfig, parser, PRESETS, argv)
-    lab.repair.take_sizes(args, typed, "bert")  # --from: a run's
+    lab.repair.take_sizes(args, typed, "bert")  # --from: that run's sizes and data
     checkpoint = resume(args, typed, "bert") if args.resume else None
     world = start_processes()
     device = pick_device(args.device)
@@ -59,7 +59,7 @@ def main(argv=None):
     # ---- model ----
     torch.manual_seed(args.seed)
     model = Bert(BertConfig.of(args, vocab_size=text.vocab_size)).to(device)
-    lab.repair.begin(args, model)  # --from: another run's weights
+    lab.repair.begin(args, model)  # --from: that run's weights
 
     # ---- optimizer ----
     groups = parameter_groups(model, args.weight_decay, args.decay_layernorm)
@@ -77,7 +77,7 @@ def main(argv=None):
     for step in run.steps():
         set_lr(optimizer, args.lr * linear_schedule(step, args.warmup, args.steps))
         tokens, labels = data.train_batch(args.seed, step, args.batch_size * args.accumulate)
-        predictions = max(1, (labels != IGNORE).sum())  # of all micro-batches: their losses' mean
+        predictions = max(1, (labels != IGNORE).sum())  # the losses of micro-batches add up
         for batch in run.micro_batches(tokens, labels):
             inputs, targets = to_device(data.to_model(*batch), device)
             with autocast(device, args.precision):

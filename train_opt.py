@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.backcopy, lab.cures, lab.muon, lab.repair  # noqa: F401, what more flags name
+import lab.backcopy, lab.cures, lab.muon, lab.repair  # noqa: F401, more choices for flags
 from minq import flags
 from minq.data import IGNORE, CausalText, load_text
 from minq.fake_quant import fake_quantize_training
@@ -46,7 +46,7 @@ def main(argv=None):
                         help="train nothing; print N tokens of text from the run in --out")
     flags.add_training_flags(parser, OPTIMIZERS)
     args, typed = flags.read_flags("opt", OptConfig, parser, PRESETS, argv)
-    lab.repair.take_sizes(args, typed, "opt")  # --from: a run's
+    lab.repair.take_sizes(args, typed, "opt")  # --from: that run's sizes and data
     checkpoint = resume(args, typed, "opt") if args.resume else None
     world = start_processes()
     device = pick_device(args.device)
@@ -61,7 +61,7 @@ def main(argv=None):
     # ---- model ----
     torch.manual_seed(args.seed)
     model = Opt(OptConfig.of(args, vocab_size=text.vocab_size)).to(device)
-    lab.repair.begin(args, model)  # --from: another run's weights
+    lab.repair.begin(args, model)  # --from: that run's weights
 
     # ---- optimizer ----
     groups = parameter_groups(model, args.weight_decay, args.decay_layernorm)
@@ -79,7 +79,7 @@ def main(argv=None):
     for step in run.steps():
         set_lr(optimizer, args.lr * linear_schedule(step, args.warmup, args.steps))
         tokens, labels = data.train_batch(args.seed, step, args.batch_size * args.accumulate)
-        predictions = max(1, (labels != IGNORE).sum())  # of all micro-batches: their losses' mean
+        predictions = max(1, (labels != IGNORE).sum())  # the losses of micro-batches add up
         for batch in run.micro_batches(tokens, labels):
             inputs, targets = to_device(data.to_model(*batch), device)
             with autocast(device, args.precision):

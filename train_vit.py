@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import lab.cures, lab.muon, lab.repair  # noqa: F401, what more flags name
+import lab.cures, lab.muon, lab.repair  # noqa: F401, more choices for flags
 from minq import flags
 from minq.augment import PIECES, Draws, augment
 from minq.fake_quant import fake_quantize_training
@@ -54,7 +54,7 @@ def main(argv=None):
         add(flags.option(name), type=flags.number(kind, low=0, high=most), help=help)
     flags.add_training_flags(parser, OPTIMIZERS)
     args, typed = flags.read_flags("vit", ViTConfig, parser, PRESETS, argv)
-    lab.repair.take_sizes(args, typed, "vit")  # --from: a run's
+    lab.repair.take_sizes(args, typed, "vit")  # --from: that run's sizes and data
     checkpoint = resume(args, typed, "vit") if args.resume else None
     world = start_processes()
     device = pick_device(args.device)
@@ -75,7 +75,7 @@ def main(argv=None):
     # ---- model ----
     torch.manual_seed(args.seed)
     model = ViT(ViTConfig.of(args, image_size=data.image_size, classes=data.classes)).to(device)
-    lab.repair.begin(args, model)  # --from: another run's weights
+    lab.repair.begin(args, model)  # --from: that run's weights
 
     # ---- optimizer ----
     groups = parameter_groups(model, args.weight_decay, args.decay_layernorm)
