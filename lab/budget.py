@@ -186,7 +186,7 @@ def print_tables(rows, tensors):
     print(f"\nwhat costs most at {bits} bits, and the predicted SQNR if it were ...\n\n"
           + markdown(lines))
     if rows[0]["predicted_loss"] is not None:
-        print(f"\na fifth is lost at {bits_needed(tensors):.2f} bits, as predicted")
+        print(f"\n20% are lost at {bits_needed(tensors):.2f} bits, as predicted")
 
 
 @flags.one_line_errors

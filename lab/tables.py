@@ -227,7 +227,7 @@ def rendered(table):
     steps = f" **Shortened: --steps {table['steps']}.**" if table["steps"] else ""
     made_on = machine["processor"] if machine["device"] == "cpu" else machine["device"]
     failed = f"\nFailed: {'; '.join(table['failed'])}.\n" if table.get("failed") else ""
-    return (f"{table['title']}.{steps} {repetitions(rows)}; {made_on}, "
+    return (f"{table['title']}.{steps}\n{repetitions(rows)}; {made_on}, "
             f"PyTorch {table['versions']['torch']}.\n\n{body}\n{failed}")
 
 
