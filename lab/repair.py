@@ -72,7 +72,7 @@ def begin(args, model):
     moved = [(last_hidden(model.eval(), inputs), last_hidden(run.model, inputs))]
     model.train()
     print(f"from {folder}: begins at {signal_to_noise(moved):.1f} dB (SQNR of the last hidden "
-          "states beside its own)")
+          "states beside its own; inf: they are equal)")
 
 
 @torch.no_grad()
