@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
+from operator import truediv
 from pathlib import Path
 
 import torch
@@ -27,11 +28,10 @@ from lab import bench, tables
 from lab.timing import in_turns
 from minq import flags
 from minq.runs import load_checkpoint
-from minq.training import pick_device, pick_precision
+from minq.training import pick_device
 
 ROOT = Path(__file__).parent.parent
 RECORDED = ROOT / "results"
-TIMING = "python -m lab.bench attention --dropout 0 --rounds 10"  # what Table 8 times
 FILE = tomllib.loads(Path(__file__).with_name("experiments.toml").read_text(encoding="utf-8"))
 EXPERIMENTS = {name: FILE["experiment"] | entry for name, entry in FILE["experiments"].items()}
 for entry in EXPERIMENTS.values():
@@ -48,7 +48,7 @@ def main(argv=None):
     add("--preset", choices=FILE["recipes"], default="laptop", help="paper: print its commands")
     add("--jobs", type=flags.positive, default=1 if torch.cuda.is_available() else os.cpu_count(),
         help="runs at a time, a thread each")
-    add("--steps", type=flags.positive, help="shorten every run (table8: its rounds)")
+    add("--steps", type=flags.positive, help="shorten every run")
     add("--seeds", type=flags.positive, help="training seeds per row, if not the experiment's own")
     add("--runs", type=flags.place, default="runs/reproduce", help="folder of the runs")
     add("--write", action="store_true", help="record in results/ here")
@@ -63,7 +63,6 @@ def main(argv=None):
                 if seed == 0 or not row["source"]]
         if args.preset == "paper":
             lines = [f"{job.text()}  # {job.row['label']}" for job in jobs]
-            lines = [TIMING] if experiment["columns"] == "runtime" else lines
             print(f"# {experiment['title']}", *lines, sep="\n")
         else:
             folder = RECORDED if args.write else Path(args.runs, "results")
@@ -74,23 +73,19 @@ def main(argv=None):
 
 def reproduce(experiment, jobs, path, args):
     """Run what is missing; write and print the results. Returns the rows that failed."""
-    columns, failed = experiment["columns"], []
-    if columns == "runtime":
-        rows = [row | {"commands": [TIMING]} for row in timed(
-            experiment["rows"], method, args.steps or 10)]
-    else:
-        lost = run_all(jobs, args.jobs)
-        failed = [row for row in experiment["rows"] if row in lost]
-        rows = collect([job for job in jobs if job.row not in failed])
-    if columns == "cures":
-        rows = timed(tables.better_rates(rows), recipe_of_run, 40, threads=1)  # as was trained
-    table = {"title": experiment["title"], "columns": columns, "steps": args.steps, "rows": rows,
+    lost = run_all(jobs, args.jobs)
+    failed = [row for row in experiment["rows"] if row in lost]
+    rows = collect([job for job in jobs if job.row not in failed])
+    if experiment["columns"] == "cures":
+        rows = timed(tables.better_rates(rows))
+    table = {"title": experiment["title"], "columns": experiment["columns"],
+             "steps": args.steps, "rows": rows,
              "failed": [f"{row['label']} on {row['family']}" for row in failed],
              "versions": {"python": platform.python_version(), "torch": torch.__version__},
              "machine": machine()}
-    hashes = [hash for row in rows for hash in row.get("weights_sha256", ())]
+    hashes = [hash for row in rows for hash in row["weights_sha256"]]
     recorded = RECORDED / f"{path.name}.json"
-    if hashes and recorded.exists():
+    if recorded.exists():
         same = sum(hash in recorded.read_text("utf-8") for hash in hashes)
         print(f"{same} of {len(hashes)} runs have the weights of those in {recorded}")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +160,7 @@ class Job:
 
 def slug(words):
     """Flags as a piece of a file's name: --gamma -0.03 --fake-quant -> -gamma_-0.03-fake-quant"""
-    settings = re.sub(r"--(vocab-size|special-ids) \S+|--data \S*[./]\S*", "", " ".join(words))
+    settings = re.sub(r"--(from|vocab-size|special-ids) \S+|--data \S*[./]\S*", "", " ".join(words))
     return "".join(f"-{word[2:]}" if word[:2] == "--" else f"_{word}" for word in settings.split())
 
 
@@ -231,34 +226,23 @@ def collect(jobs):
 
 # ---- time ----
 
-def method(row):
-    """What Table 8 times: the paper's model with one of the paper's attentions."""
-    settings = {"dropout": 0.0, "precision": pick_precision(None, pick_device())}
-    return bench.TASKS[row["family"]] | settings | bench.METHODS[row["label"]]
-
-
-def recipe_of_run(row):
-    """The settings of its first run, with which a new model is timed."""
-    run = load_checkpoint(row["runs"][0])
-    return run["args"] | run["config"] | {"family": row["family"]}
-
-
-def timed(rows, recipe, rounds, threads=None):
-    """The rows with the seconds of `rounds` training steps of recipe(row), and with these in units
-    of vanilla's, round by round: the rows of a family take turns (lab/bench.py)."""
-    found, times, device, before = [], {}, pick_device(), torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+def timed(rows, rounds=40):
+    """The rows with the ratio of a training step's time to vanilla's, of each of `rounds`: a step
+    of a new model with the settings of the row's first run, on one thread, as that was trained. The
+    rows of a family take turns (lab/timing.py)."""
+    times, device, threads = {}, pick_device(), torch.get_num_threads()
+    torch.set_num_threads(1)
     for family in dict.fromkeys(row["family"] for row in rows):
-        times |= in_turns({(family, row["label"]): bench.training_step(recipe(row), device)
-                           for row in rows if row["family"] == family}, rounds, device)
-    torch.set_num_threads(before)
-    for row in rows:
-        seconds, vanilla = times[row["family"], row["label"]], times[row["family"], "vanilla"]
-        ratios = [a / b for a, b in zip(seconds, vanilla)]
-        found.append(row | {"precision": recipe(row)["precision"],
-                            "seconds": tables.mean_and_std(seconds),
-                            "ratio": tables.mean_and_std(ratios)})
-    return found
+        steps = {}
+        for row in (row for row in rows if row["family"] == family):
+            run = load_checkpoint(row["runs"][0])
+            recipe = run["args"] | run["config"] | {"family": family}
+            steps[family, row["label"]] = bench.training_step(recipe, device)
+        times |= in_turns(steps, rounds, device)
+    torch.set_num_threads(threads)
+    seconds = lambda row, label: times[row["family"], label]
+    return [row | {"ratio": tables.mean_and_std([
+        *map(truediv, seconds(row, row["label"]), seconds(row, "vanilla"))])} for row in rows]
 
 
 if __name__ == "__main__":

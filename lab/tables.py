@@ -154,14 +154,10 @@ def bits(row):
         for key, x in row["quantized"].items()} | {BITS: bits_at_loss(row)}
 
 
-def law(row):
-    """max / sigma of the tap whose norm the paper reports, and what eight and six bits cost."""
-    height, width = row["max_over_sigma"], int(row["x"])
-    return {"FP": "", "max / sigma": with_std(height, 3),
-            "over sqrt(d)": f"{height['mean'] / math.sqrt(width):.2g}",
-            "share": with_std(row["share"], 2)} | in_words(row) | {
-        f"W{n}A{n}": cost_in_words(row, row["quantized"][f"{n}x{n}"]) for n in (8, 6)} | {
-        LOST: bits_at_loss(row)}
+def outliers(row):
+    """The outlier, and what quantization costs."""
+    height = with_std(row["max_over_sigma"], 3)
+    return {"trained": "", "FP": "", "M / sigma": height} | in_words(row) | bits(row)
 
 
 def blog(row):
@@ -170,11 +166,6 @@ def blog(row):
             "ppl ↓ (blog)": row["published"], "training loss": with_std(row["loss"]),
             "largest inf norm of a layer's input": with_std(row["layer_input_norm"], 3),
             "ppl ↓, off, then W8A8 after training": with_std(row["quantized"]["8x8"])}
-
-
-def runtime(row):
-    return {"seconds a step": with_std(row["seconds"], 3),
-            "relative to vanilla": with_std(row["ratio"], 3), "hours (paper)": row["published"]}
 
 
 def cures(row):
@@ -186,7 +177,7 @@ def cures(row):
         "extra parameters": f"{row['extra_parameters']:+,}", "its paper's claim": row["published"]}
 
 
-COLUMNS = {f.__name__: f for f in (quantized, bits, law, blog, runtime, cures)}
+COLUMNS = {f.__name__: f for f in (quantized, bits, outliers, blog, cures)}
 
 
 def remedy_columns(row, remedy):
@@ -263,8 +254,6 @@ def remedies(rows):
 def repetitions(rows):
     """How often each row was measured, and how long training took."""
     first = rows[0]
-    if "seeds" not in first:
-        return f"{first['precision']}, {len(first['seconds']['all'])} rounds in turns"
     seeds, calibrations = len(first["seeds"]), len([*first["quantized"].values()][0]["all"][0])
     trained = [x for row in rows for x in (row, row.get("other_rate")) if x]
     minutes = [s / 60 for x in trained for s in x.get("training_seconds", {"all": []})["all"]]
