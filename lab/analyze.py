@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from lab.opened import open_runs
-from lab.survey import (OUTLIER_TAPS, at_triggers, group_shares, on_patches, record, survey,
-                        token_groups, token_names, worst_dimension)
+from lab.survey import (OUTLIER_TAPS, at_triggers, group_shares, record, survey, token_groups,
+                        token_names, worst_dimension)
 from lab.tables import markdown, read_log, save_pictures, write_json
 from minq import flags
 from minq.training import to_device
@@ -103,9 +103,6 @@ def analyze(args):
         printed.append(table("which tokens carry them", [
             {"tokens": x, f"share of outliers of {tap}": shares[x], "of all tokens": every[x]}
             for x in sorted(shares, key=shares.get, reverse=True) if every[x]]))
-    else:
-        layers = dict(enumerate(on_patches(outliers[tap]["by_position"]), 1))
-        pictures["patches"] = "maps", layers, "outliers per sample", f"{name}: {tap}, by layers"
 
     # ---- what heads do ----
     over_even = heads["attention"] / heads["even"]
@@ -132,16 +129,9 @@ def analyze(args):
     product = array(kept["context"][layer].chunk(H, dim=-1)[head])  # (N, T, d_head)
     x = {"tokens (down) and dimensions, from 0": array(kept[tap][source][0].abs())}
     pictures["magnitudes"] = "maps", x, "|x|", f"{name}: {where}, one sample"
-    if text:
-        labels = [[names[i] for i in sequence] for sequence in inputs.tolist()]
-        what = "probabilities × values" + " × gate" * ("pi" in heads)
-        panels = {"attention": probs, "values": values, what: product}
-    else:
-        labels, peaks = None, kept[tap][max(layer - 1, 0)].abs().amax(dim=2)  # what enters
-        panels = {"image": array(inputs.permute(0, 2, 3, 1)), "attention": probs,
-                  f"largest |{tap}|": on_patches(array(peaks)),
-                  "attention, summed": on_patches(probs.sum(axis=1)),
-                  "norms of values": on_patches(np.linalg.norm(values, axis=2))}
+    what = "probabilities × values" + " × gate" * ("pi" in heads)
+    panels = {"attention": probs, "values": values, what: product}
+    labels = text and [[names[i] for i in sequence] for sequence in inputs.tolist()]
     pictures["head"] = "head", panels, title, labels
     return {"run": name} | got, pictures, *printed
 

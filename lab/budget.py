@@ -45,22 +45,12 @@ from itertools import product
 import torch
 import torch.nn.functional as F
 
-from lab.damage import last_states, scores
+from lab.damage import Observer, last_states, scores
 from lab.opened import open_runs
 from lab.tables import markdown, write_json
 from minq import flags
-from minq.quant import ActivationQuantizer, percentile_of, quantize_model
+from minq.quant import percentile_of, quantize_model
 from minq.training import to_device
-
-
-class Ear(ActivationQuantizer):
-    """Learns its range, and keeps what passes it as it is, with its gradient."""
-
-    def on_grid(self, x):
-        if x.requires_grad:
-            x.retain_grad()
-        self.x = x
-        return x
 
 
 # ---- what noise on each tensor does ----
@@ -72,9 +62,9 @@ def gains(run, batches=16, eval_batches=4):
     gain: what noise of variance 1 on the tensor adds to "states", noise / signal, and to "nats"
     per prediction, (G, 1). token_gain, of a tap: the same for a variance of each token's R^2.
     """
-    model = quantize_model(run.model, 16, 16, quantizer=Ear)  # weights move by 2^-16 of R
+    model = quantize_model(run.model, 16, 16, quantizer=Observer)  # weights move by 2^-16 of R
     run.calibrate(model, 0, batches)
-    heard = {name: m for name, m in model.named_modules() if isinstance(m, Ear)}
+    heard = {name: m for name, m in model.named_modules() if isinstance(m, Observer)}
     last = [tap for name, tap in heard.items() if name.endswith(f"{model.hidden_tap}_tap")][-1]
     for name, m in model.named_modules():
         if hasattr(m, "weight_grid"):
@@ -99,7 +89,7 @@ def gains(run, batches=16, eval_batches=4):
                 continue
             squares, x = m.x.grad.square(), m.x.detach()
             found[name]["gain"][target] += squares.reshape(m.scale.numel(), -1).sum(1, keepdim=True)
-            if isinstance(m, Ear):
+            if isinstance(m, Observer):
                 span = x.amax(-1).clamp(min=0) - x.amin(-1).clamp(max=0)
                 found[name]["token_gain"][target] += (squares.sum(-1) * span.square()).sum()
 

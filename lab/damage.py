@@ -86,9 +86,12 @@ def scores(run, model, states, batches=None):
 # ---- one tensor at a time ----
 
 class Observer(ActivationQuantizer):
-    """An ActivationQuantizer that learns its range and hands x on as it is."""
+    """An ActivationQuantizer that learns its range, keeps x with its gradient, and hands it on."""
 
     def on_grid(self, x):
+        if x.requires_grad:
+            x.retain_grad()
+        self.x = x
         return x
 
 

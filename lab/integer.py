@@ -154,21 +154,17 @@ def checked(linear, tap, name):
 def main(argv=None):
     parser = flags.Parser(__doc__)
     flags.add_run_flags(parser, seeds=None)
-    for option, of in (("--w-bits", "weights"), ("--a-bits", "activations")):
-        eight = flags.number(int, low=2, high=8)
-        parser.add_argument(option, type=eight, default=8, help=f"of {of}, 2 to 8")
-    parser.add_argument("--w-granularity", choices=("tensor", "channel"), default="tensor",
-                        help="weights that share a scale")
+    parser.add_argument("--bits", type=flags.number(int, low=2, high=8), default=8,
+                        help="of weights and activations, 2 to 8")
     args = parser.parse_args(argv)
     rows = []
     for run in open_runs(args):
-        simulated = quantize_model(run.model, args.w_bits, args.a_bits,
-                                   w_granularity=args.w_granularity)
+        simulated = quantize_model(run.model, args.bits, args.bits)
         run.calibrate(simulated, 0, args.batches)
         model, states = to_integer(simulated), list(last_states(run, run.model, args.eval_batches))
         metric = lambda model: scores(run, model, states, args.eval_batches)["metric"]
         rows.append({
-            "run": run.name, "metric": run.model.metric, "bits": [args.w_bits, args.a_bits],
+            "run": run.name, "metric": run.model.metric, "bits": args.bits,
             "simulated": metric(simulated), "integer": metric(model),
             "bytes": sum(x.nbytes for x in model.state_dict().values()),
             "bytes_fp32": sum(x.nbytes for x in run.model.parameters()), **speedups(run, model)})

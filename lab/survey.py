@@ -224,10 +224,3 @@ def group_shares(groups, counts):
     of_token, total = np.array(groups), max(counts.sum(), 1)
     shares = {group: counts[of_token == group].sum() / total for group in dict.fromkeys(groups)}
     return shares | {"all delimiters": sum(shares.get(group, 0.0) for group in DELIMITERS)}
-
-
-# ---- tokens that are patches ----
-
-def on_patches(positions):
-    """(N, T) -> (N, rows, columns): tokens back in their places in the image, without [CLS]."""
-    return positions[:, 1:].reshape(len(positions), round((positions.shape[1] - 1) ** 0.5), -1)
