@@ -117,18 +117,17 @@ def analyze(args):
     source, dimension = worst_dimension(outliers[tap])
     layer = args.layer - 1 if args.layer else min(source + 1, L - 1)  # outliers act in the next one
     head = args.head - 1 if args.head else dimension * H // config.width
-    title, where = f"{name}: layer {layer + 1}, head {head + 1}", f"{tap} of layer {source + 1}"
-    printed.append(f"{title} at work; the worst dimension of {where} is {dimension}")
+    title = f"{name}: layer {layer + 1}, head {head + 1}"
+    printed.append(f"{title} at work; the worst dimension of {tap} of layer {source + 1} is "
+                   f"{dimension}")
     batch, _ = to_device(next(run.validation()), run.device)
     inputs = batch[0][:2]  # without BERT's positions: they count through the whole batch
-    with record(run.model, ("probs", "values", "context", tap)) as kept:
+    with record(run.model, ("probs", "values", "context")) as kept:
         run.model(inputs)
     T, array = config.seq_len, lambda x: x.float().cpu().numpy()
     probs = array(kept["probs"][layer][:, head, :, :T])  # what stands behind them is no token
     values = array(kept["values"][layer][:, head, :T])
     product = array(kept["context"][layer].chunk(H, dim=-1)[head])  # (N, T, d_head)
-    x = {"tokens (down) and dimensions, from 0": array(kept[tap][source][0].abs())}
-    pictures["magnitudes"] = "maps", x, "|x|", f"{name}: {where}, one sample"
     what = "probabilities × values" + " × gate" * ("pi" in heads)
     panels = {"attention": probs, "values": values, what: product}
     labels = text and [[names[i] for i in sequence] for sequence in inputs.tolist()]

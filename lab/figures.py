@@ -1,7 +1,7 @@
 """The paper's figures: arrays in, a matplotlib Figure out. Knows no model; nothing else in this
 project imports matplotlib (pip install -e '.[plots]').
 
-    figures.maps({"a sample": abs(x)}, "|x|", "runs/mine").savefig("magnitudes.png")
+    figures.heads(found["heads"], "runs/mine").savefig("heads.png")
 
 Arrays count layers and heads from 0, the pictures from 1. Positions and dimensions are zero-based
 in both, as in the paper. Colours are Okabe and Ito's, told apart with any colour vision (lines by
@@ -65,19 +65,6 @@ def histograms(outliers, title):
                 ax.set_title(f"layer {layer + 1}{most}", loc="right", pad=2)
             ax.set_xlabel(f"{name} (from 0)")
         figure.supylabel("outliers per sample" if some else "no outliers: largest |x|")
-    return figure
-
-
-def maps(panels, label, title):
-    """Heatmaps {name: (rows, columns)} in one scale from 0."""
-    columns = min(4, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    with sheet(title, rows, columns, 9, 0.7 + 2.5 * rows, len(panels)) as (figure, axes):
-        largest = above_zero([np.max(x) for x in panels.values()])
-        for ax, (name, x) in zip(axes.flat, panels.items()):
-            picture = ax.imshow(x, AMOUNT, vmin=0, vmax=largest)
-            ax.set_title(name)
-        figure.colorbar(picture, ax=axes, label=label)
     return figure
 
 

@@ -194,15 +194,6 @@ def test_lines_show_the_values():
     assert (left.get_yscale(), right.get_yscale()) == ("log", "linear")
 
 
-def test_maps_have_one_scale():
-    maps = dict(enumerate(np.zeros((5, 2, 2))))
-    maps[3][1, 0] = 7
-    images = [ax.images[0] for ax in figures.maps(maps, "count", "run").axes if ax.images]
-    assert len(images) == 5 and {image.get_clim() for image in images} == {(0, 7)}
-    assert np.array_equal(images[3].get_array(), maps[3])
-    drawn(figures.maps({"a": np.zeros((2, 2))}, "count", "nothing"))
-
-
 def test_a_head_on_text():
     labels, probs = ["[CLS]", "$x$", "$"], np.eye(3)[None] / 2
     panels = {"attention": probs, "values": np.full((1, 3, 2), -4.0), "out": -np.ones((1, 3, 2))}
@@ -251,8 +242,7 @@ def test_every_family(tmp_path, cifar, name, options):
     if name == "vit":
         run("train_vit", *SMALL_VIT, "--data", cifar, "--out", folder)
     out, numbers, pictures = analyzed(tmp_path, folder, "--eval-batches", 2, *options.split())
-    assert pictures == {"outliers-ffn_output", "outliers-layer_output", "heads", "head",
-                               "magnitudes"}
+    assert pictures == {"outliers-ffn_output", "outliers-layer_output", "heads", "head"}
     opened = open_run(folder, CPU)
     found = survey.survey(opened.model, opened.validation(2), CPU, opened.model.norm_tap)
     assert (numbers["run"], numbers["samples"]) == (str(folder), found["samples"])
