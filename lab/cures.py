@@ -21,6 +21,19 @@ A row of softmax inputs is s_j over the keys j that its query may see; H heads, 
     --norm rmsnorm    x / rms(x) in place of every LayerNorm           2 d less    2506.19697 learns
                                                                                    one scale, too
 
+What their papers report, of models of other sizes, data and measures (kurtosis; outliers):
+
+    row-clipped       a causal model can be clipped
+    softmax1          -22%, norm -26%; but outliers are Adam's (2410.17174)
+    learned-sink      BERT 2987 to 226, OPT 2177 to 22 (2510.09017); value-gate: to 85 and 35
+    softpick          33510 to 340, and no sinks
+    relu              smaller sinks and peaks of a toy model (2410.13835)
+    headwise-gate     fewer sinks and massive activations; elementwise-gate, too
+    k-bias            no sink on tokens, no massive activations, equal loss
+    kv-bias           no massive activations in GPT-2; not so in others (2503.22329)
+    sigmoid, qk-norm  of outliers nothing
+    muon              excess kurtosis 1819 to 1575; to 67 with rmsnorm (2506.19697)
+
 (--optimizer muon, accused beside them, is in muon.py.) All work in BERT, OPT and ViT, row-clipped
 in OPT only. Probabilities, keys and values pass their taps as ever, so they are quantized; gates
 stay in floating point, as the paper's do.

@@ -51,7 +51,7 @@ def bits(ax):
 def rates(ax):
     for row in recorded("rates"):
         ax.scatter(row["fp"]["all"], needed(row), 60, **STYLES[row["attention"]],
-                   facecolors="none" if row["x"] == "0.0009" else None)
+                   facecolors="none" if "lr" in row["label"] else None)
     ax.set(xlabel="perplexity (learning rate: 1.5e-3 filled, 9e-4 open)", ylabel=NEEDED)
 
 

@@ -18,17 +18,14 @@ import subprocess
 import sys
 import tomllib
 from concurrent.futures import ThreadPoolExecutor
-from operator import truediv
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from lab import bench, tables
-from lab.timing import in_turns
+from lab import tables
 from minq import flags
 from minq.runs import load_checkpoint
-from minq.training import pick_device
 
 ROOT = Path(__file__).parent.parent
 RECORDED = ROOT / "results"
@@ -76,8 +73,6 @@ def reproduce(experiment, jobs, path, args):
     lost = run_all(jobs, args.jobs)
     failed = [row for row in experiment["rows"] if row in lost]
     rows = collect([job for job in jobs if job.row not in failed])
-    if experiment["columns"] == "cures":
-        rows = timed(tables.better_rates(rows))
     table = {"title": experiment["title"], "columns": experiment["columns"],
              "steps": args.steps, "rows": rows,
              "failed": [f"{row['label']} on {row['family']}" for row in failed],
@@ -222,27 +217,6 @@ def collect(jobs):
             "commands": [job.text() for job in of_row],
             "weights_sha256": [weights_sha256(job.folder) for job in of_row]})
     return rows
-
-
-# ---- time ----
-
-def timed(rows, rounds=40):
-    """The rows with the ratio of a training step's time to vanilla's, of each of `rounds`: a step
-    of a new model with the settings of the row's first run, on one thread, as that was trained. The
-    rows of a family take turns (lab/timing.py)."""
-    times, device, threads = {}, pick_device(), torch.get_num_threads()
-    torch.set_num_threads(1)
-    for family in dict.fromkeys(row["family"] for row in rows):
-        steps = {}
-        for row in (row for row in rows if row["family"] == family):
-            run = load_checkpoint(row["runs"][0])
-            recipe = run["args"] | run["config"] | {"family": family}
-            steps[family, row["label"]] = bench.training_step(recipe, device)
-        times |= in_turns(steps, rounds, device)
-    torch.set_num_threads(threads)
-    seconds = lambda row, label: times[row["family"], label]
-    return [row | {"ratio": tables.mean_and_std([
-        *map(truediv, seconds(row, row["label"]), seconds(row, "vanilla"))])} for row in rows]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from minq import flags
 
 METRICS = {"perplexity": "ppl ↓", "accuracy": "acc % ↑", "sqnr": "SQNR dB ↑"}
-LOST, BITS = "bits at which 20% are lost", "bits at which 20% (ViT: 5 points) are lost"
+BITS = "bits at which 20% (ViT: 5 points) are lost"
 
 
 def read_log(folder):
@@ -59,22 +59,6 @@ def with_std(found, digits=4):
     std, calibrations = found["std"], found.get("calibrations")
     return (f"{found['mean']:.{digits}g}" + ("" if std is None else f" ±{std:.2g}")
             + ("" if calibrations is None else f" ({calibrations:.2g})"))
-
-
-def better_rates(rows):
-    """Of the rows that differ in the learning rate the one that is better in floating point; the
-    other stays in it as `other_rate`. `extra_parameters`: how many more it has than vanilla."""
-    groups, chosen = {}, []
-    for row in rows:
-        groups.setdefault((row["family"], row["line"] or row["label"]), []).append(row)
-    for (family, label), group in groups.items():
-        best, *others = sorted(group, key=lambda row: nan_last(row["fp"]["mean"]))
-        if (family, "vanilla") not in groups:
-            raise flags.UserError(f"{family}: vanilla attention failed, nothing to compare with")
-        vanilla = groups[family, "vanilla"][0]["parameters"]
-        chosen.append(best | {"label": label, "other_rate": others[0] if others else None,
-                              "extra_parameters": best["parameters"] - vanilla})
-    return chosen
 
 
 def nan_last(x):
@@ -168,16 +152,7 @@ def blog(row):
             "ppl ↓, off, then W8A8 after training": with_std(row["quantized"]["8x8"])}
 
 
-def cures(row):
-    other, ratio = row["other_rate"], row.get("ratio")
-    rate = row["x"] + (f" ({other['x']}: {other['fp']['mean']:.4g})" if other else "")
-    return {"FP": "", "at lr (FP at the other)": rate} | in_words(row) | {
-        LOST: bits_at_loss(row),
-        "step time": f"{statistics.median(ratio['all']):.2f}" if ratio else "",
-        "extra parameters": f"{row['extra_parameters']:+,}", "its paper's claim": row["published"]}
-
-
-COLUMNS = {f.__name__: f for f in (quantized, bits, outliers, blog, cures)}
+COLUMNS = {f.__name__: f for f in (quantized, bits, outliers, blog)}
 
 
 def remedy_columns(row, remedy):
@@ -255,8 +230,7 @@ def repetitions(rows):
     """How often each row was measured, and how long training took."""
     first = rows[0]
     seeds, calibrations = len(first["seeds"]), len([*first["quantized"].values()][0]["all"][0])
-    trained = [x for row in rows for x in (row, row.get("other_rate")) if x]
-    minutes = [s / 60 for x in trained for s in x.get("training_seconds", {"all": []})["all"]]
+    minutes = [s / 60 for x in rows for s in x.get("training_seconds", {"all": []})["all"]]
     spread = (" (in brackets the deviation over calibrations)" if seeds == 1 else
               " (± over seeds, in brackets over calibrations)") * (calibrations > 1)
     count = lambda n, what: f"{n} {what}{'s' * (n > 1)}"
