@@ -130,21 +130,6 @@ def option(name):
     return "--" + name.replace("_", "-")
 
 
-class WithFlags:
-    """A base class of Configs: made from a script's arguments, with checked choices."""
-
-    @classmethod
-    def of(cls, args, **sizes):
-        """From a script's arguments, by name, and `sizes` that its data tell."""
-        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if f.name in args} | sizes)
-
-    def check_choices(self):
-        for f in config_flags(type(self)):
-            value, choices = getattr(self, f.name), f.metadata["options"].get("choices")
-            if choices and value not in choices:
-                raise UserError(f"{option(f.name)} {value}: expected one of {', '.join(choices)}")
-
-
 def attention_settings(config):
     """Of the settings that only some attentions read, those of this config's; others None."""
     return {f.name: getattr(config, f.name) if config.attention in f.metadata["needs"] else None

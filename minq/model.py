@@ -4,14 +4,14 @@ Every tensor that is ever quantized or measured passes through a Tap, so this on
 the floating-point model, the quantized model and the measured model alike.
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.nn as nn
 
 from minq.attention import ATTENTIONS, GATES, Dropout, SelfAttention, Tap
-from minq.flags import (UserError, WithFlags, above_0, at_least_0, at_least_1, at_most_0, below_1,
-                        flag, fraction, positive)
+from minq.flags import (UserError, above_0, at_least_0, at_least_1, at_most_0, below_1, flag,
+                        fraction, positive)
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 NORMS = {"layernorm": lambda c: nn.LayerNorm(c.width, eps=c.norm_eps)}
@@ -23,7 +23,7 @@ CLIPPED, ROW, GATED = ("clipped",), ("clipped", "row-clipped"), ("gated",)  # wh
 
 
 @dataclass
-class Config(WithFlags):
+class Config:
     """What a block needs to know. The families below add their own fields and defaults."""
     layers: int = flag(4, "number of blocks", type=positive)
     width: int = flag(128, "hidden dimensions, d_model", type=positive)
@@ -45,8 +45,12 @@ class Config(WithFlags):
     causal: bool = False
     norm_eps: float = 1e-12
 
+    @classmethod
+    def of(cls, args, **sizes):
+        """From a script's arguments, by name, and `sizes` that its data tell."""
+        return cls(**{f.name: getattr(args, f.name) for f in fields(cls) if f.name in args} | sizes)
+
     def __post_init__(self):
-        self.check_choices()
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads} does not divide --width {self.width}")
         if self.fused and self.attention not in ("vanilla", "gated"):

@@ -90,7 +90,7 @@ def test_a_broken_checkpoint_is_named_and_runs_no_code(good, tmp_path, monkeypat
 
 @pytest.mark.parametrize("changes, message", [
     ({"family": "llama"}, "llama"),
-    ({"config": {"attention": "linear"}}, "--attention linear: expected one of vanilla"),
+    ({"config": {"attention": "linear"}}, "not of this code: 'linear'"),
     ({"config": {"attention": "vanilla"}}, 'Unexpected key.*: "layers.0.attention.gate.weight"'),
     ({"config": {"width": 64}}, "size mismatch for token_embedding.weight"),
     ({"config": {"experts": 8}}, "unexpected keyword argument 'experts'")], ids=str)
