@@ -1,7 +1,7 @@
 """Repair a trained model: go on from its weights, with a cure put in, or in eight bits.
 
     python train_bert.py --from zoo/bert-long-vanilla --attention gated --steps 5000
-    python -m lab.repair runs/all-MiniLM-L6-v2 --steps 4000               towards what it was
+    python -m lab.repair runs/all-MiniLM-L6-v2 --steps 5000               towards what it was
 
 `--from` (in the training scripts): a gate starts as the identity. Its last weights are 0, so that
 it multiplies by pi_init = p whatever its input, and the output projection is divided by p. A
@@ -22,8 +22,7 @@ it is rounded from. Both ends of an activation's range are learned (LSQ, arXiv 1
 
 What is clipped draws the ends out, and what is rounded draws them in. They move fast: where
 outliers stand, most of a range is not worth its noise, and the other weights then adapt to what
-clipping took. Weights' ranges are those of least squared error, and stay. A low rate matters most:
-noise from a high one costs more than rounding does.
+clipping took. Weights' ranges are those of least squared error, and stay.
 """
 from dataclasses import replace
 
@@ -105,7 +104,7 @@ class LearnedQuantizer(nn.Module):
         super().__init__()
         self.range = torch.stack((tap.range.low.clamp(max=0.0), tap.range.high.clamp(min=0.0)))
         self.grid = grid(tap.n_bits, False)
-        self.logs = nn.Parameter(torch.zeros_like(self.range))  # / 200, of factors of low and high
+        self.logs = nn.Parameter(torch.zeros_like(self.range))  # / 200: of low's and high's factors
 
     def forward(self, x):
         low, high = (self.range * (200 * self.logs).exp()).split(1)  # never change sign
@@ -117,7 +116,7 @@ class LearnedQuantizer(nn.Module):
 
 def student_of(run, args):
     """A quantized copy of the run's model or of its variant, and {module: its weight, not rounded}.
-    Embeddings are rounded once: training them takes a third of the time and brings 0.1 dB."""
+    Embeddings are rounded once: training them takes 30% more time, and brings 0.1 dB."""
     model, floats = run.model, {}
     if args.attention:
         model = type(model)(replace(model.config, attention=args.attention)).to(run.device)
@@ -177,7 +176,7 @@ def main(argv=None):
     flags.add_run_flags(parser, seeds=None)
     add = parser.add_argument
     add("--attention", choices=("gated",), help="with gates, which start as the identity")
-    add("--clamp", type=flags.above_0, metavar="SIGMA", help="limit [CLS] in ffn_output")
+    add("--clamp", type=flags.above_0, metavar="SIGMA", help="of ffn_output: [CLS] stays within")
     add("--bits", type=flags.bits, default=8, help="of weights and activations")
     add("--steps", type=flags.positive, default=500, help="optimizer steps")
     add("--batch-size", type=flags.positive, default=4, help="sequences per step")
