@@ -228,8 +228,8 @@ def remedies(rows):
 
 def repetitions(rows):
     """How often each row was measured, and how long training took."""
-    first = rows[0]
-    seeds, calibrations = len(first["seeds"]), len([*first["quantized"].values()][0]["all"][0])
+    seeds = max(len(row["seeds"]) for row in rows)
+    calibrations = len([*rows[0]["quantized"].values()][0]["all"][0])
     minutes = [s / 60 for x in rows for s in x.get("training_seconds", {"all": []})["all"]]
     spread = (" (in brackets the deviation over calibrations)" if seeds == 1 else
               " (± over seeds, in brackets over calibrations)") * (calibrations > 1)
