@@ -185,7 +185,7 @@ def main(argv=None):
     args, found = parser.parse_args(argv), []
     for run in open_runs(args):
         curve = train(run, *student_of(run, args), args)
-        found.append(vars(args) | {"run": run.name, "curve": curve})
+        found.append(vars(args) | {"run": run.name, "curve": curve, "json": None})
         write_json(args.json, found)
 
 
