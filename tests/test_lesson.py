@@ -112,6 +112,7 @@ def test_answers_that_are_numbers():
 # ---- it runs ----
 
 QUICKER = {"lab.analyze": "--eval-batches 1", "lab.budget": "--batches 1 --eval-batches 1",
+           "lab.repair": "--steps 2 --batches 1 --eval-batches 1",
            **dict.fromkeys(("train_opt.py", "train_bert.py"),
                            "--steps 20 --warmup 5 --eval-batches 1")}
 
