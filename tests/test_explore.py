@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from html.parser import HTMLParser
 from itertools import product
 from pathlib import Path
@@ -24,10 +23,10 @@ from minq.outliers import listening
 from minq.quant import (ActivationQuantizer, affine_parameters, fake_quantize, quantize,
                         quantize_model)
 from minq.runs import open_run
+from explore import PAGE, page_with
 from running import SMALL, run
 
 ROOT = Path(__file__).parent.parent
-PAGE = ROOT / "docs" / "explore.html"
 SOURCE = PAGE.read_text()
 BROWSERS = "chromium chromium-browser google-chrome google-chrome-stable chrome microsoft-edge"
 
@@ -325,25 +324,11 @@ def test_what_the_page_says_of_the_model_holds():
     assert run.score(run.model) == pytest.approx(before, rel=1e-3)  # what eight bits per row cost
 
 
-# ---- docs/make_explore.py ----
-
-@pytest.fixture
-def made(tmp_path, monkeypatch):
-    """made(run): the source of the page with that run's model."""
-    monkeypatch.setattr(sys, "path", [str(PAGE.parent), *sys.path])
-    page = tmp_path / "explore.html"
-    page.write_text(SOURCE)
-
-    def made(folder, code=0):
-        monkeypatch.setattr("make_explore.PAGE", page)
-        _, error = run("make_explore", folder, code=code)
-        return error if code else page.read_text()
-    return made
-
+# ---- tests/explore.py ----
 
 @pytest.mark.slow
-def test_the_page_has_the_run_that_it_names(made):
-    (_, here), (model, again) = shipped(), shipped(made(ROOT / "zoo" / "opt-vanilla"))
+def test_the_page_has_the_run_that_it_names():
+    (_, here), (model, again) = shipped(), shipped(page_with(ROOT / "zoo" / "opt-vanilla"))
     assert here["run"] == "zoo/opt-vanilla" and here["outliers"] == again["outliers"]
     assert here["packed"] == again["packed"]
     for ranges in ("kept", "removed"):
@@ -360,17 +345,6 @@ def test_the_page_has_the_run_that_it_names(made):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--attention gated --gate-init 0.2",
                                    "--attention clipped --gamma -0.2"])
-def test_another_run_can_be_put_in(ask, made, corpus, tmp_path, flags):
+def test_another_run_can_be_put_in(ask, corpus, tmp_path, flags):
     run("train_opt.py", *SMALL, *flags.split(), "--data", corpus, "--out", tmp_path / "run")
-    assert_the_model_is_minqs(ask, made(tmp_path / "run"))
-
-
-@pytest.mark.slow
-def test_a_run_that_the_page_cannot_compute_is_named(made, corpus, tmp_path):
-    run("train_opt.py", *SMALL, "--attention", "gated", "--gate", "mlp", "--data", corpus,
-        "--out", tmp_path / "run")
-    for folder, words in ((ROOT / "zoo" / "bert-gated", "expected one of opt"),
-                          (tmp_path / "run", "gates if any linear")):
-        error = made(folder, code=2)
-        assert str(folder) in error and words in error and error.count("\n") == 1
-    assert (tmp_path / "explore.html").read_text() == SOURCE
+    assert_the_model_is_minqs(ask, page_with(tmp_path / "run"))

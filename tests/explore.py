@@ -1,6 +1,6 @@
 """Put a run's model into docs/explore.html, whose last panel runs it in the reader's browser.
 
-    python docs/make_explore.py zoo/opt-vanilla
+    python -m tests.explore zoo/opt-vanilla          an OPT on bytes, with a linear gate or without
 
 The page gets the weights in int8 with a scale per row, the range of every tap in calibration, and
 the dimensions in which the start token has an outlier: where an FFN writes values beyond 6
@@ -15,27 +15,19 @@ from pathlib import Path
 
 import torch
 
-PAGE = Path(__file__).parent / "explore.html"
-sys.path.insert(0, str(PAGE.parent.parent))
+from minq.outliers import listening
+from minq.quant import ActivationQuantizer, quantize_model
+from minq.runs import open_run
 
-from minq.flags import Parser, UserError, one_line_errors, place, write_atomically  # noqa: E402
-from minq.outliers import listening  # noqa: E402
-from minq.quant import ActivationQuantizer, quantize_model  # noqa: E402
-from minq.runs import open_run  # noqa: E402
+PAGE = Path(__file__).parent.parent / "docs" / "explore.html"
 
 
-@one_line_errors
 @torch.no_grad()
-def main(argv=None):
-    parser = Parser(__doc__)
-    parser.add_argument("run", type=place, help="the folder of an OPT that was trained on bytes")
-    run = open_run(parser.parse_args(argv).run, torch.device("cpu"), family="opt")
-    c, shapes, packed, outliers = run.model.config, {}, b"", {}
-    if (c.gate, c.norm, c.activation, c.vocab_size) != ("linear", "layernorm", "relu", 260):
-        raise UserError(f"{run.name}: expected bytes, LayerNorm, ReLU, and gates if any linear")
-
-    for name, weight in run.model.named_parameters():  # of a vector, a row is a number
-        rows, shapes[name] = weight.view(len(weight), -1), weight.shape
+def page_with(folder):
+    """The source of the page, with the model of the run in `folder`."""
+    run, packed, outliers = open_run(folder, torch.device("cpu"), family="opt"), b"", {}
+    for _, weight in run.model.named_parameters():  # of a vector, a row is a number
+        rows = weight.view(len(weight), -1)
         scales = (rows.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-30)
         integers = (rows / scales).round().to(torch.int8)
         packed += scales.numpy().tobytes() + integers.numpy().tobytes()
@@ -45,13 +37,14 @@ def main(argv=None):
 
     with listening(run.model, ("ffn_output",), find_outliers):
         run.model(*next(run.calibration_inputs(seed=0, batches=1)))
-    model = {"run": run.name, "config": vars(c), "shapes": shapes, "outliers": outliers,
-             "kept": find_ranges(run, {}), "removed": find_ranges(run, outliers),
+    model = {"run": run.name, "config": vars(run.model.config),
+             "shapes": {name: weight.shape for name, weight in run.model.named_parameters()},
+             "outliers": outliers, "kept": ranges(run, {}), "removed": ranges(run, outliers),
              "packed": base64.b64encode(packed).decode()}
-    write_atomically(PAGE, re.sub(r'(?<=id="model">\n).*', json.dumps(model), PAGE.read_text()))
+    return re.sub(r'(?<=id="model">\n).*', json.dumps(model), PAGE.read_text())
 
 
-def find_ranges(run, outliers):
+def ranges(run, outliers):
     """Tap -> [lowest, highest] of a calibration in 16 bits, with these outliers set to 0."""
     model = quantize_model(run.model, a_bits=16, only="*_tap")
     for layer, dimensions in outliers.items():
@@ -64,4 +57,4 @@ def find_ranges(run, outliers):
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(page_with(sys.argv[1]))
