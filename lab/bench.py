@@ -17,6 +17,8 @@ are not installed. Of the paper's models batches are small: 8, 4 and 16.
 """
 import argparse
 import copy
+import statistics
+import time
 from contextlib import suppress
 from functools import cache, partial
 
@@ -27,7 +29,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train_bert, train_opt, train_vit
 from lab.integer import to_integer
-from lab.timing import in_turns, report
 from minq import flags
 from minq.data import CausalText, MaskedText, load_text
 from minq.fake_quant import fake_quantize_training
@@ -120,6 +121,33 @@ def torchao(kind, model):
     inner = lambda module, name: isinstance(module, nn.Linear) and name != model.final_linear
     quantization.quantize_(model, config, inner)
     return model
+
+
+# ---- ratios ----
+
+def in_turns(functions, rounds, device):
+    """name -> seconds of each round; the functions take turns, after one untimed call each."""
+    seconds = {name: [] for name in functions}
+    for i in range(rounds + 1):
+        for name, function in functions.items():
+            started = time.perf_counter()
+            function()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i > 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def report(title, seconds):
+    """Print each alternative's median time, and the median and the range over rounds of its ratio
+    to the first one's in the same round."""
+    print(f"\n{title}")
+    first = next(iter(seconds.values()))
+    for name, values in seconds.items():
+        ratios = sorted(value / base for value, base in zip(values, first))
+        print(f"  {name:42s} {1e3 * statistics.median(values):9.1f} ms   "
+              f"{statistics.median(ratios):5.2f}x  ({ratios[0]:.2f}-{ratios[-1]:.2f})")
 
 
 # ---- groups: each yields (title, functions that take turns); the first is the reference ----

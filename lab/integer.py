@@ -1,6 +1,6 @@
 """The calibrated model on real integers: int8 times int8 into int32 (eq. 1; arXiv 1712.05877).
 
-    python -m lab.integer runs/bert-vanilla-s0      the metric on integers, the size, the speed
+    python -m lab.integer runs/bert-vanilla-s0      the metric on integers, and the size
 
     model = to_integer(quantized)                   # a copy, whose Linears multiply int8
 
@@ -25,8 +25,6 @@ The metric is the simulation's to three or four digits: float32 rounds its sums,
 so that a value halfway between two points of the next grid may fall to the other side.
 """
 import copy
-import statistics
-from operator import truediv
 
 import torch
 import torch.nn as nn
@@ -35,12 +33,10 @@ import torch.nn.functional as F
 from lab.damage import last_states, scores
 from lab.opened import open_runs
 from lab.tables import markdown, write_json
-from lab.timing import in_turns
 from minq import flags
 from minq.attention import Tap
 from minq.flags import UserError
 from minq.quant import ActivationQuantizer, quantize, quantize_model
-from minq.training import to_device
 
 SHIFT = 128  # the grid 0 .. 255 as int8: integers and zero point both move by it, and q - z stays
 
@@ -167,27 +163,12 @@ def main(argv=None):
             "run": run.name, "metric": run.model.metric, "bits": args.bits,
             "simulated": metric(simulated), "integer": metric(model),
             "bytes": sum(x.nbytes for x in model.state_dict().values()),
-            "bytes_fp32": sum(x.nbytes for x in run.model.parameters()), **speedups(run, model)})
+            "bytes_fp32": sum(x.nbytes for x in run.model.parameters())})
     write_json(args.json, rows)
     print(markdown([{
         "run": row["run"], "simulated": f"{row['simulated']:.4g}",
         "on integers": f"{row['integer']:.4g}",
-        "MB (fp32)": f"{row['bytes'] / 1e6:.3g} ({row['bytes_fp32'] / 1e6:.3g})",
-        "speed against fp32": f"{row['speedup_fp32']:.2f}x",
-        "against bf16": f"{row['speedup_bf16']:.2f}x"} for row in rows]))
-
-
-@torch.no_grad()
-def speedups(run, model):
-    """How many times as fast as fp32 and bf16: medians of turns on a validation batch."""
-    inputs = to_device(next(iter(run.validation(1))), run.device)[0]
-    low = [x.bfloat16() if x.is_floating_point() else x for x in inputs]
-    bf16 = copy.deepcopy(run.model).bfloat16()  # no weight is cast anew in each pass
-    autocast = torch.autocast(run.device.type, torch.bfloat16)
-    seconds = in_turns({"integer": lambda: model(*inputs), "fp32": lambda: run.model(*inputs),
-                        "bf16": autocast(lambda: bf16(*low))}, rounds=5, device=run.device)
-    ratio = lambda name: statistics.median(map(truediv, seconds[name], seconds["integer"]))
-    return {"speedup_fp32": ratio("fp32"), "speedup_bf16": ratio("bf16")}
+        "MB (fp32)": f"{row['bytes'] / 1e6:.3g} ({row['bytes_fp32'] / 1e6:.3g})"} for row in rows]))
 
 
 if __name__ == "__main__":

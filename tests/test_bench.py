@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from lab import bench, timing
+from lab import bench
 from lab.convert import convert
 from running import run
 
@@ -126,7 +126,7 @@ def test_the_rooflines_product_has_the_steps_operations(tiny):
 def test_ratios_are_of_the_same_round(capsys):
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
-    seconds = timing.in_turns(functions, 2, CPU)
+    seconds = bench.in_turns(functions, 2, CPU)
     assert calls == [*"ababab"] and [len(each) for each in seconds.values()] == [2, 2]
-    timing.report("title", {"b": [2.0, 2.0, 3.0], "a": [1.0, 2.0, 9.0]})
+    bench.report("title", {"b": [2.0, 2.0, 3.0], "a": [1.0, 2.0, 9.0]})
     assert "2000.0 ms    1.00x  (0.50-3.00)" in capsys.readouterr().out
