@@ -500,17 +500,6 @@ def test_out_is_kept_unless_a_whole_run_replaces_it(published, tmp_path, corpus)
     assert "if it is a run" in refused(published["opt"], tmp_path, *words, "--overwrite")
 
 
-def test_a_full_disk(published, tmp_path, corpus):
-    resource = pytest.importorskip("resource")  # not on Windows
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # within the checkpoint
-    try:
-        reason = refused(published["masked"], tmp_path / "run", "--text", corpus)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert reason.startswith(f"--out {tmp_path / 'run'}: cannot be written")
-
-
 # ---- packages and the Hub ----
 
 @pytest.mark.parametrize("missing", ["tokenizers", "safetensors", "huggingface_hub"])

@@ -3,7 +3,6 @@
 That each trains and quantizes is in test_training.py."""
 import itertools
 import math
-import re
 
 import numpy as np
 import pytest
@@ -18,7 +17,6 @@ from minq.attention import SelfAttention
 from minq.fake_quant import DynamicQuantizer, fake_quantize_training
 from minq.model import BertConfig
 from minq.quant import calibrating, quantize_model
-from running import train
 from small import inputs, small
 
 H, D, T = 4, 8, 10  # heads, d_head, tokens
@@ -216,14 +214,3 @@ def test_a_key_that_is_no_token_is_not_measured():
             layer.prepare.k_bias.data[:], layer.prepare.v_bias.data[:] = -20.0, size  # not seen
         found.append({key: torch.tensor(x) for key, x in surveyed(model)["heads"].items()})
     assert_close(*found)
-
-
-@pytest.mark.parametrize("options, message", [
-    ("--attention softmax1 --gamma -0.1", "--gamma -0.1 .*clipped"),
-    ("--attention headwise-gate --gate-init 0.3", "--gate-init 0.3 .*gated"),
-    ("--attention row-clipped --alpha 2", "--attention row-clipped .*causal"),
-    ("--attention qk-norm --fused", "--fused .*--attention qk-norm"),
-    ("--norm rmsnorm --decay-layernorm", "--decay-layernorm")])
-def test_what_would_change_nothing_is_refused(options, message, corpus, tmp_path):
-    _, err = train(corpus, tmp_path / "run", *options.split(), code=2)
-    assert re.search(message, err) and err.count("\n") == 1 and not (tmp_path / "run").exists()

@@ -7,10 +7,8 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
 
-from minq import attention, flags
-from minq.model import Opt, OptConfig
+from minq import flags
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -134,19 +132,6 @@ def test_commands_are_found():
 def test_the_readme_is_short_and_shows_what_its_first_command_printed():
     assert len(README.encode()) <= 7168
     assert (ROOT / "results" / "quick.md").read_text().strip() in README
-
-
-def test_the_variant_in_the_projects_is_one(monkeypatch):
-    """Four probabilities of a row are above 0, fewer where fewer may be seen."""
-    monkeypatch.setitem(attention.ATTENTIONS, "top-four", None)
-    page = (ROOT / "docs" / "projects.md").read_text()
-    code = re.search(r"```python\n(class TopFour.*?)```", page, re.DOTALL)[1]
-    exec(code, dict(vars(attention)))
-    model, rows = Opt(OptConfig(attention="top-four", seq_len=8)), []
-    model.layers[0].attention.probs_tap.register_forward_hook(lambda _, x, y: rows.append(y))
-    model(torch.arange(8)[None])
-    assert (rows[0] > 0).sum(-1).unique().tolist() == [1, 2, 3, 4]
-    torch.testing.assert_close(rows[0].sum(-1), torch.ones(1, 4, 8))
 
 
 # ---- pictures ----
