@@ -74,7 +74,7 @@ def begin(args, model):
             raise UserError(f"--data {args.data}: {size} {has}; the run --from has {needed}")
     continue_from(run.model, model)
     moved = zip(last_states(run, model.eval(), 1), last_states(run, run.model, 1))
-    print(f"from {folder}: begins at {signal_to_noise(moved):.1f} dB (SQNR; inf: states are equal)")
+    print(f"--from: begins at {signal_to_noise(moved):.1f} dB (SQNR; inf: states are equal)")
     model.train()
 
 
