@@ -46,10 +46,6 @@ def main(argv=None):
     mode = curves if args.curves else by_trigger if args.by_trigger else analyze
     if mode is not curves and len(args.runs) > 1:
         raise flags.UserError(f"RUN {args.runs[1]}: expected one RUN, or several with --curves")
-    unread = {curves: "layer head by_trigger eval_batches data", by_trigger: "layer head out"}
-    for name in unread.get(mode, "").split():
-        if getattr(args, name):
-            raise flags.UserError(f"{flags.option(mode.__name__)} reads no {flags.option(name)}")
 
     # ---- measure and print, write, draw ----
     numbers, pictures, *printed = mode(args)  # name -> (function of lab/figures.py, its arguments)

@@ -7,7 +7,7 @@
 bert opt vit    a training step against --fused and Hugging Face's two attentions
 attention       a training step with each of the paper's attentions (Table 8)
 precision       a training step of the laptop presets in bf16, against fp32
-fakequant       a training step in eight bits (the blog), and torchao's, against floating point
+fakequant       a training step in eight bits (the blog), against floating point
 integer         int8 inference and torchao's, eager and compiled, against fp32
 roofline        a training step against as many operations in one large matrix product
 
@@ -107,19 +107,12 @@ def hugging_face(attention, model):
         attention_probs_dropout_prob=c.dropout, attn_implementation=attention))
 
 
-def torchao(kind, model):
-    """torchao's `kind` on all Linears of ours but the last; attention stays in floating point.
-
-    "QAT": fake quantizers, asymmetric per token, weights symmetric per channel. "int8": for
-    inference.
-    """
+def torchao(model):
+    """torchao's int8 for inference on all Linears of ours but the last: activations have a scale
+    per token, weights one per row; attention stays in floating point."""
     from torchao import quantization
-    from torchao.quantization.qat import QATConfig
-    int8, per_channel = quantization.Int8DynamicActivationIntxWeightConfig, quantization.PerAxis(0)
-    config = {"int8": quantization.Int8DynamicActivationInt8WeightConfig(),
-              "QAT": QATConfig(int8(weight_granularity=per_channel), step="prepare")}[kind]
     inner = lambda module, name: isinstance(module, nn.Linear) and name != model.final_linear
-    quantization.quantize_(model, config, inner)
+    quantization.quantize_(model, quantization.Int8DynamicActivationInt8WeightConfig(), inner)
     return model
 
 
@@ -158,8 +151,7 @@ METHODS = {"vanilla": {}, "clipped softmax": dict(attention="clipped", gamma=-0.
 PEERS = {"minq": {}, "minq, --fused": dict(fused=True),
          "Hugging Face, sdpa": dict(prepare=partial(hugging_face, "sdpa")),
          "Hugging Face, eager": dict(prepare=partial(hugging_face, "eager"))}
-EIGHT_BITS = {"floating point": {}, "minq": dict(prepare=fake_quantize_training),
-              "torchao's QAT": dict(prepare=partial(torchao, "QAT"))}
+EIGHT_BITS = {"floating point": {}, "minq": dict(prepare=fake_quantize_training)}
 
 
 def training_steps(recipes, variants, device, settings):
@@ -181,7 +173,7 @@ def integer(device, settings):
             w8a8(x)
         models = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16(), "int8": to_integer(w8a8)}
         with suppress(ModuleNotFoundError):
-            models["int8 Linears (torchao)"] = torchao("int8", copy.deepcopy(model))
+            models["int8 Linears (torchao)"] = torchao(copy.deepcopy(model))
         for how, prepare in (("eager", nn.Identity()), ("compiled", compiled)):
             torch.compiler.reset()
             passes = {kind: partial(prepare(model), x) for kind, model in models.items()}

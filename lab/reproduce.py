@@ -142,7 +142,7 @@ class Job:
     def found(self):
         """What is known of the run: what looked at it has written, and what its log ends with."""
         checkpoint = load_checkpoint(self.folder)
-        found = {"parameters": sum(x.numel() for x in checkpoint["model"].values())}
+        found = {}
         for file in self.looks:
             found |= json.loads(file.read_text("utf-8"))[0]
         if (self.folder / "metrics.jsonl").exists():  # nothing was logged of a published model
@@ -211,9 +211,9 @@ def collect(jobs):
     for first in (job for job in jobs if job.seed == 0):
         of_row = [job for job in jobs if job.row is first.row]
         found = [job.found() for job in of_row]
-        as_they_are = {name: found[0].get(name) for name in ("settings", "parameters")}
-        rows.append(first.row | tables.over_seeds(found) | as_they_are | {
-            "runs": [str(job.folder) for job in of_row], "seeds": [job.seed for job in of_row],
+        rows.append(first.row | tables.over_seeds(found) | {
+            "settings": found[0].get("settings"), "seeds": [job.seed for job in of_row],
+            "runs": [str(job.folder) for job in of_row],
             "commands": [job.text() for job in of_row],
             "weights_sha256": [weights_sha256(job.folder) for job in of_row]})
     return rows

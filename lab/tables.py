@@ -227,16 +227,14 @@ def remedies(rows):
 
 
 def repetitions(rows):
-    """How often each row was measured, and how long training took."""
+    """How often each row was measured, and how long training took. (± is the deviation over
+    training seeds, in brackets stands that over calibrations.)"""
     seeds = max(len(row["seeds"]) for row in rows)
     calibrations = len([*rows[0]["quantized"].values()][0]["all"][0])
     minutes = [s / 60 for x in rows for s in x.get("training_seconds", {"all": []})["all"]]
-    spread = (" (in brackets the deviation over calibrations)" if seeds == 1 else
-              " (± over seeds, in brackets over calibrations)") * (calibrations > 1)
     count = lambda n, what: f"{n} {what}{'s' * (n > 1)}"
-    lasted = f"{min(minutes):.1f} to {max(minutes):.1f} minutes"
-    return (f"{count(seeds, 'training seed')}, {count(calibrations, 'calibration')}{spread}; "
-            f"{count(len(minutes), 'training')} of {lasted}")
+    return (f"{count(seeds, 'training seed')}, {count(calibrations, 'calibration')}; "
+            f"{count(len(minutes), 'training')} of {min(minutes):.1f} to {max(minutes):.1f} minutes")
 
 
 def save_pictures(folder, pictures):

@@ -59,14 +59,13 @@ def test_hugging_faces_model_is_ours(family, attention, tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["QAT", "int8"])
 @torch.no_grad()
-def test_torchao_quantizes_all_linears_but_the_last(kind, tiny):
+def test_torchao_quantizes_all_linears_but_the_last(tiny):
     pytest.importorskip("torchao")
     model = bench.new_model(bench.TASKS["vit"]).eval()
     x = torch.rand(3, 3, 32, 32)
     before, plain = model(x), lambda m: type(m) is nn.Linear and type(m.weight) is nn.Parameter
-    bench.torchao(kind, model)
+    bench.torchao(model)
     assert [name for name, m in model.named_modules() if plain(m)] == ["head"]
     assert 0 < (model(x) - before).abs().max() < 0.1 * before.abs().max()
 
@@ -86,7 +85,7 @@ def test_every_group_times_ours_and_the_peers_that_are_installed(missing, tiny, 
     assert all(title in out for title in ("BERT-base", "ViT-S/16", "laptop opt", "a pass, eager"))
     for _, *lines in tables:
         assert len(lines) > 1 and lines[0].endswith("1.00x  (1.00-1.00)")
-    for peer in ("Hugging Face, sdpa", "torchao's QAT", "int8 Linears (torchao)"):
+    for peer in ("Hugging Face, sdpa", "int8 Linears (torchao)"):
         assert (peer in out) != bool(missing)
 
 
