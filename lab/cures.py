@@ -174,10 +174,11 @@ class ExtraKey(nn.Module):
     They stand behind the last token and pass the taps with the others: a chip holds them in the
     same int8 tensors, so that a large k' or v' coarsens the grid of all keys or values."""
 
-    def __init__(self, heads, d_head, with_value):
+    def __init__(self, width, heads, with_value):
         super().__init__()
-        self.k_bias = nn.Parameter(0.02 * torch.randn(heads, 1, d_head))
-        self.v_bias = nn.Parameter(0.02 * torch.randn(heads, 1, d_head)) if with_value else None
+        shape = heads, 1, width // heads
+        self.k_bias = nn.Parameter(0.02 * torch.randn(shape))
+        self.v_bias = nn.Parameter(0.02 * torch.randn(shape)) if with_value else None
 
     def forward(self, q, k, v):
         key = self.k_bias.to(k.dtype).expand(len(k), -1, -1, -1)  # (B, H, 1, d_head)
@@ -203,10 +204,6 @@ class QKNorm(nn.Module):
 
 # ---- by name ----
 
-def d_head(c):
-    return c.width // c.heads
-
-
 def row_clipped(c):
     if not c.causal or c.alpha is None:
         raise UserError("--attention row-clipped needs a causal model (OPT) and --alpha")
@@ -222,11 +219,11 @@ ATTENTIONS |= {
     "softpick": lambda c: Heads(Softpick()),
     "headwise-gate": lambda c: Heads(nn.Softmax(-1), WholeInputGate(c.width, c.heads)),
     "elementwise-gate": lambda c: Heads(nn.Softmax(-1),
-                                        WholeInputGate(c.width, c.heads, d_head(c))),
+                                        WholeInputGate(c.width, c.heads, c.width // c.heads)),
     "value-gate": lambda c: Heads(nn.Softmax(-1), ValueGate(c.width, c.heads)),
-    "k-bias": lambda c: Heads(nn.Softmax(-1), None, ExtraKey(c.heads, d_head(c), with_value=False)),
-    "kv-bias": lambda c: Heads(nn.Softmax(-1), None, ExtraKey(c.heads, d_head(c), with_value=True)),
-    "qk-norm": lambda c: Heads(nn.Softmax(-1), None, QKNorm(d_head(c), c.norm_eps)),
+    "k-bias": lambda c: Heads(nn.Softmax(-1), None, ExtraKey(c.width, c.heads, False)),
+    "kv-bias": lambda c: Heads(nn.Softmax(-1), None, ExtraKey(c.width, c.heads, True)),
+    "qk-norm": lambda c: Heads(nn.Softmax(-1), None, QKNorm(c.width // c.heads, c.norm_eps)),
 }
 
 

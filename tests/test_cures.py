@@ -157,7 +157,7 @@ def test_rmsnorm_has_no_gain_and_an_extra_key_starts_as_its_authors_do():
     model, x = small("opt", norm="rmsnorm"), torch.randn(2, 3, 32)
     assert not any("norm" in name for name, _ in model.named_parameters())
     assert_close(model.final_norm(x), x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt())
-    assert ExtraKey(256, 64, True).k_bias.std().item() == pytest.approx(0.02, rel=0.05)
+    assert ExtraKey(256 * 64, 256, True).k_bias.std().item() == pytest.approx(0.02, rel=0.05)
 
 
 # ---- quantized and fake-quantized ----

@@ -1,7 +1,6 @@
 """zoo/: runs that open as they are, on every machine, and are what its page says."""
 import hashlib
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import torch
 
 from lab.tables import read_log
 from minq.runs import open_run
-from running import logged, run, saved, train
 
 ZOO = Path(__file__).parent.parent / "zoo"
 PAGE = (ZOO / "README.md").read_text()
@@ -33,15 +31,3 @@ def test_it_is_small_and_as_good_as_the_page_says(name):
     assert opened.score(opened.model) == pytest.approx(expected, rel=2e-3)
     steps = opened.checkpoint["args"]["steps"]
     assert opened.checkpoint["step"] == steps == read_log(ZOO / name)[-1]["step"]
-
-
-@pytest.mark.slow
-def test_a_run_is_put_there(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", [str(ZOO), *sys.path])
-    train(corpus, tmp_path / "run")
-    run("make", tmp_path / "run", tmp_path / "placed")
-    there, here = saved(tmp_path / "placed"), saved(tmp_path / "run")
-    assert "optimizer" not in there and {*there["model"]} == {*here["model"]}
-    assert {weight.dtype for weight in there["model"].values()} == {torch.float16}
-    assert logged(tmp_path / "placed") == logged(tmp_path / "run")
-    assert open_run(tmp_path / "placed", torch.device("cpu")).checkpoint["step"] == here["step"]
