@@ -47,6 +47,31 @@ def become(script, argv, log, place):
     importlib.import_module(script.removesuffix(".py")).main([*map(str, argv)])
 
 
+def forked(script, n, argv, log):
+    """A script in n processes of its own, as torchrun would start them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in map(str, range(n)):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(n)} | address
+        given = script, argv, log, place if n > 1 else {}
+        processes.append(FORK.Process(target=become, args=given, daemon=True))
+        processes[-1].start()
+    return processes
+
+
+def alive(processes):
+    return all(process.is_alive() for process in processes)
+
+
+def exit_codes(processes, seconds):
+    """None for one that has not ended by then."""
+    for process in processes:
+        process.join(seconds)
+    return [process.exitcode for process in processes]
+
+
 class Kind:
     """Runs of one kind, to be killed and compared with one that was not."""
 
@@ -61,20 +86,10 @@ class Kind:
         self.seconds = time.monotonic() - began
 
     def start(self, name):
-        """Start a run or go on with it, in processes of its own, as torchrun would start them; one
-        killed before its first checkpoint begins anew."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        """Start a run or go on with it; one killed before its first checkpoint begins anew."""
         self.log.unlink(missing_ok=True)
         argv = ["--resume"] if self.saved(name) else self.command
-        argv, processes = [*argv, "--out", self.folder / name], []
-        for rank in map(str, range(self.n)):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(self.n)} | address
-            given = self.script, argv, self.log, place if self.n > 1 else {}
-            processes.append(FORK.Process(target=become, args=given, daemon=True))
-            processes[-1].start()
-        return processes
+        return forked(self.script, self.n, [*argv, "--out", self.folder / name], self.log)
 
     def saved(self, name):
         """When the checkpoint was written, if there is one."""
@@ -83,10 +98,8 @@ class Kind:
 
     def end(self, processes, seconds=PATIENCE, codes=(0,)):
         """All processes must end within these seconds, and unless killed with code 0."""
-        for process in processes:
-            process.join(seconds)
-        ended = {process.exitcode for process in processes}
-        assert ended <= {*codes}, f"exit codes {ended}: {self.log.read_text()[-2000:]}"
+        ended = exit_codes(processes, seconds)
+        assert {*ended} <= {*codes}, f"exit codes {ended}: {self.log.read_text()[-2000:]}"
 
     def torment(self, name, kills):
         """Start a run, kill it up to `kills` times, let it end, and compare it. Returns the number
@@ -95,11 +108,10 @@ class Kind:
         for _ in range(kills):
             before, early = self.saved(name), self.dice.random() < 0.15
             processes = self.start(name)
-            alive = lambda processes=processes: all(process.is_alive() for process in processes)
-            while not early and alive() and self.saved(name) == before:
+            while not early and alive(processes) and self.saved(name) == before:
                 time.sleep(0.001)  # until it has saved something
             time.sleep(self.dice.uniform(0, self.seconds / 8))
-            if not alive():
+            if not alive(processes):
                 self.end(processes)
                 break
             for process in self.dice.sample(processes, self.dice.randint(1, self.n)):

@@ -13,18 +13,18 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.kill import PATIENCE, Training
+from tests.kill import PATIENCE, alive, exit_codes, forked
 
 with tempfile.TemporaryDirectory() as scratch:
     for i, (script, argv, *signals) in enumerate(json.load(sys.stdin)):
         log = Path(scratch, f"{i}.txt")
-        training = Training(script, 2, argv, log)
+        processes = forked(script, 2, argv, log)
         for number in signals:
             metrics = Path(argv[argv.index("--out") + 1], "metrics.jsonl")
-            while training.running() and not (metrics.exists() and metrics.stat().st_size):
+            while alive(processes) and not (metrics.exists() and metrics.stat().st_size):
                 time.sleep(0.01)
-            os.kill(training.pids[1], number)
+            os.kill(processes[1].pid, number)
         sent = time.monotonic()
-        codes = training.wait(PATIENCE if signals else 600)
+        codes = exit_codes(processes, PATIENCE if signals else 600)
         print(json.dumps({"codes": codes, "output": log.read_text(),
                           "seconds": time.monotonic() - sent}), flush=True)
