@@ -112,7 +112,8 @@ class Job:
         name = Path(source).name or f"{family}{slug(settings)}-s{seed}"
         self.row, self.seed, place = row, seed, Path(args.runs, name)
         here = source and (ROOT / source / "checkpoint.pt").exists()  # a run of zoo/
-        self.folder, self.looks = ROOT / source if here else place, {}  # file -> command
+        self.looks = {}  # file -> command
+        self.folder = Path(os.path.relpath(ROOT / source)) if here else place
         folder = str(self.folder)
         self.training = (["-m", "lab.convert", source] if source else
                          [f"train_{family}.py", *settings, "--seed", str(seed)])
