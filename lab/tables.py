@@ -233,8 +233,9 @@ def repetitions(rows):
     calibrations = len([*rows[0]["quantized"].values()][0]["all"][0])
     minutes = [s / 60 for x in rows for s in x.get("training_seconds", {"all": []})["all"]]
     count = lambda n, what: f"{n} {what}{'s' * (n > 1)}"
+    lasted = f"{min(minutes):.1f} to {max(minutes):.1f} minutes"
     return (f"{count(seeds, 'training seed')}, {count(calibrations, 'calibration')}; "
-            f"{count(len(minutes), 'training')} of {min(minutes):.1f} to {max(minutes):.1f} minutes")
+            f"{count(len(minutes), 'training')} of {lasted}")
 
 
 def save_pictures(folder, pictures):
