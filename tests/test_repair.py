@@ -1,4 +1,5 @@
 """Going on from a trained model: what --from takes over, and training in eight bits."""
+import argparse
 import json
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 
 from lab.damage import last_hidden
 from lab.remove import limits, removed
-from lab.repair import LearnedQuantizer
+from lab.repair import LearnedQuantizer, student_of, train
 from minq.quant import ActivationQuantizer, quantize_model
 from running import assert_same_weights, opened, run, saved, stopped_at
 
@@ -88,6 +89,16 @@ def test_a_learned_quantizer_rounds_as_ever_and_learns_its_range():
     within = (0.3 + 0.0 + 0.3 + 0.4) / 15
     wanted = torch.tensor([1 - within, 2 + within]) * torch.tensor([-0.5, 1.0])
     torch.testing.assert_close(learned.logs.grad, 200 * wanted)
+
+
+def test_every_weight_that_is_rounded_learns_in_floating_point(runs):
+    args = argparse.Namespace(attention=None, clamp=None, bits=3, batches=1, eval_batches=1,
+                              steps=3, batch_size=4, lr=1e-2, seed=0)
+    trained = opened(runs / "bert")
+    student, floats = student_of(trained, args)
+    before = {module: w.clone() for module, w in floats.items()}
+    train(trained, student, floats, args)
+    assert floats and all((w != before[module]).any() for module, w in floats.items())
 
 
 @pytest.mark.slow

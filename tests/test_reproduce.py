@@ -63,6 +63,7 @@ def test_rows_of_a_table_differ(name):
     labels = {(job.row["family"], job.row["label"]) for job in of_table}
     assert len(labels) == len(of_table) > 0
     assert len({job.folder for job in of_table}) == len(of_table)
+    assert all(job.row["source"] or str(job.folder.parent) == ARGS["runs"] for job in of_table)
     assert EXPERIMENTS[name]["columns"] in (*tables.COLUMNS, "remedies")
 
 
