@@ -76,8 +76,8 @@ def training_step(recipe, device):
     model = new_model(recipe)
     (inputs, targets), (x, labels) = to_device(batch(model, recipe["batch_size"]), device)
     model = recipe.get("prepare", nn.Identity())(model.to(device)).to(device)
-    groups, make = parameter_groups(model, 0.01), OPTIMIZERS[recipe.get("optimizer", "adamw")]
-    optimizer = make(model, groups, lr=1e-4, betas=(0.9, 0.999))
+    groups = parameter_groups(model, 0.01)
+    optimizer = OPTIMIZERS["adamw"](model, groups, lr=1e-4, betas=(0.9, 0.999))
 
     @torch.enable_grad()
     def step():
