@@ -18,7 +18,8 @@ sum is work. Both are exact, and they are subtracted as integers, since float32 
 2^24 only: 3072 products stay far below 2^31.
 
 A block has four such Linears, and each has its tap, whose grid its input lies on (`pairs`). Where
-a tap goes straight into its Linear, the Linear does the tap's rounding, too. What else is
+a tap goes straight into its Linear, the Linear does the tap's rounding, too. Inside the FFN only
+integers travel: ffn_up knows the grid that comes next, and puts GELU's output on it. What else is
 quantized (embeddings, LayerNorm, attention's two products) computes with floats on the grid.
 
 The metric is the simulation's to three or four digits: float32 rounds its sums, integers need not,
@@ -28,7 +29,6 @@ import copy
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
 from lab.damage import last_states, scores
 from lab.opened import open_runs
@@ -41,41 +41,32 @@ from minq.quant import ActivationQuantizer, quantize, quantize_model
 SHIFT = 128  # the grid 0 .. 255 as int8: integers and zero point both move by it, and q - z stays
 
 
-# ---- the kernel ----
+# ---- the kernels ----
 
 def int_mm(a, b):
-    """Integer product, exact: int8 (M, K), int8 (K, N) -> int32 (M, N); K up to 65,536."""
-    (M, K), N = a.shape, b.shape[1]
-    if K > 2 ** 16:
-        raise UserError(f"a Linear adds {K} products of int8; int32 holds 65,536 with a zero point")
-    # On a CPU PyTorch 2.13 leaves the result unwritten where rows overlap, and where a dimension of
-    # size 1 has a stride that does not matter to anybody else. A GPU wants more than 16 rows and
-    # multiples of 8 (not tried: none was at hand).
-    if a.is_cuda or 1 in (M, K, N):
-        rows, multiple = (17, 8) if a.is_cuda else (2, 2)
-        a = F.pad(a, (0, -K % multiple, 0, max(0, rows - M)))
-        b = F.pad(b, (0, -N % multiple, 0, -K % multiple))
-    a, b = (x if x.t().is_contiguous() else x.contiguous() for x in (a, b))
-    if SATURATES and not a.is_cuda:  # b = 2 (b >> 1) + (b & 1): seven bits, and one
-        product = torch._int_mm(a, b >> 1).mul_(2).add_(torch._int_mm(a, b & 1))
-    else:
-        product = torch._int_mm(a, b)
-    return product[:M, :N]
+    """Integer product, exact: int8 (M, K), int8 (N, K) -> int32 (M, N), the sums over K.
+
+    float64 holds integers up to 2^53. PyTorch's own product of int8 is many times as fast, where it
+    is known to be exact: on this CPU, with no dimension of size 1 (whose stride misleads it).
+    """
+    if SATURATES or not a.is_cpu or min(*a.shape, len(b)) < 2:
+        return (a.double() @ b.double().t()).to(torch.int32)
+    return torch._int_mm(a, b.t())
 
 
-def saturates():
-    """Does this CPU add two products in 16 bits, as those without VNNI do? Sums stop at 32767."""
-    a = torch.full((16, 64), 127, dtype=torch.int8)
-    return bool((torch._int_mm(a, a.mT) != 64 * 127 ** 2).any())
-
-
-SATURATES = saturates()
+# Does this CPU add two products in 16 bits, as those without VNNI do? Sums stop at 32767.
+PROBE = torch.full((16, 64), 127, dtype=torch.int8)
+SATURATES = bool((torch._int_mm(PROBE, PROBE.mT) != 64 * 127 ** 2).any())
+# oneDNN's kernel does at once what IntegerLinear does with int_mm, and is that much faster. It
+# cannot be compiled; where int_mm is compiled, its surroundings are, too, which makes up for it.
+ONEDNN = not SATURATES and hasattr(torch.ops.onednn, "qlinear_pointwise")
 
 
 # ---- a Linear on integers ----
 
 class IntegerLinear(nn.Module):
-    """A Linear whose weight is int8 and whose input is put on the grid of its tap: y in float32."""
+    """A Linear whose weight is int8, and whose input is put on the grid of its tap, unless it comes
+    as integers on it: y in float32, or, where `next` is a tap, activation(y) on its grid, uint8."""
 
     def __init__(self, linear, tap):
         super().__init__()
@@ -83,18 +74,40 @@ class IntegerLinear(nn.Module):
         rows = len(linear.weight) // len(scale)
         row_scale = scale.repeat_interleave(rows, dim=0)  # (N, 1)
         integers = (linear.weight / row_scale).round()
-        self.grid = tap  # of the input
+        self.grid, self.activation, self.next, self.post_op = tap, nn.Identity(), None, "none"
         self.register_buffer("integers", integers.to(torch.int8))  # (N, K)
         self.register_buffer("scale", tap.scale * row_scale[:, 0])  # s_x s_w, (N,)
         shift = (tap.zero_point.int() - SHIFT) * self.integers.sum(dim=1, dtype=torch.int32)
         self.register_buffer("shift", shift)  # z sum_k q_w, (N,)
         self.register_buffer("bias", shift * 0.0 if linear.bias is None else linear.bias)
+        if ONEDNN and shift.is_cpu:
+            self.packed = torch.ops.onednn.qlinear_prepack(self.integers, None)
 
     def forward(self, x):
-        q = quantize(x, self.grid.scale, self.grid.zero_point, self.grid.n_bits).sub_(SHIFT)
-        sums = int_mm(q.to(torch.int8).flatten(0, -2), self.integers.t()).sub_(self.shift)  # exact
-        y = sums.float().mul_(self.scale).add_(self.bias).view(*x.shape[:-1], -1)
-        return y.add_(0.0 * q.amax(dim=-1, keepdim=True))  # int8 has no NaN: its row gets it again
+        q = (x if x.dtype == torch.uint8 else on_grid(x, self.grid)).flatten(0, -2)
+        if ONEDNN and q.is_cpu and not torch.compiler.is_compiling():
+            y = self.at_once(q)
+        else:
+            shifted = (q - SHIFT).view(torch.int8)  # uint8 wraps around
+            sums = int_mm(shifted, self.integers).sub_(self.shift)  # exact
+            y = self.activation(sums.float().mul_(self.scale).add_(self.bias))
+            y = y if self.next is None else on_grid(y, self.next)
+        if x.dtype != torch.uint8 and self.next is None:  # int8 has no NaN: its row gets it again
+            y[x.flatten(0, -2).amax(dim=-1).isnan()] = torch.nan
+        return y.view(*x.shape[:-1], -1)
+
+    def at_once(self, q):
+        to = (1.0, 0, torch.float32) if self.next is None else (
+            self.next.scale.item(), int(self.next.zero_point), torch.uint8)
+        y = torch.ops.onednn.qlinear_pointwise(  # weights' zero points are 0
+            q, 1.0, int(self.grid.zero_point), self.packed, self.scale, 0 * self.shift, self.bias,
+            *to, self.post_op, [], "none")
+        return y if self.next is None else y.clamp_(max=2 ** self.next.n_bits - 1)
+
+
+def on_grid(x, tap):
+    """x as integers, uint8, on the grid of a calibrated tap."""
+    return quantize(x, tap.scale, tap.zero_point, tap.n_bits).to(torch.uint8)
 
 
 def pairs(model):
@@ -124,6 +137,10 @@ def to_integer(model):
         setattr(parent, name, IntegerLinear(*checked(linear, tap, f"{name} behind {tap_name}")))
         if straight:
             setattr(place, tap_name, Tap())  # its Linear rounds
+    for block in model.layers:
+        if model.config.activation in ("gelu", "relu"):  # as oneDNN calls them, too
+            block.ffn_up.next, block.ffn_up.post_op = block.ffn_down.grid, model.config.activation
+            block.ffn_up.activation, block.activation = block.activation, nn.Identity()
     return model.requires_grad_(False).eval()
 
 
@@ -139,6 +156,8 @@ def checked(linear, tap, name):
     if len(linear.weight) % len(scale):
         raise UserError(f"{name}: a row of weights needs one scale; {len(scale)} do not divide "
                         f"{len(linear.weight)} rows")
+    if linear.in_features > 2 ** 16:
+        raise UserError(f"{name}: int32 holds 65,536 products of int8, not {linear.in_features}")
     if not tap.scale.isfinite():
         raise UserError(f"{name}: not calibrated, its scale is {tap.scale.item()}")
     return linear, tap
