@@ -47,7 +47,7 @@ def main(argv=None):
     flags.add_config_flags(parser, ViTConfig)
     add = parser.add_argument_group("images").add_argument
     add("--data", type=flags.source(IMAGES), help=f"{', '.join(IMAGES)}, or a folder: CIFAR-10's "
-        "files, or images.npy and labels.npy")
+        "files, or (val_)images.npy and (val_)labels.npy")
     add("--image-size", type=flags.positive, help="pixels per side; by default the data's own")
     add("--epochs", type=flags.positive, help="passes over the images, instead of --steps")
     for name, (kind, most, help) in PIECES.items():
@@ -67,7 +67,7 @@ def main(argv=None):
         if "steps" in typed and "epochs" in typed:
             raise flags.UserError(f"--steps {args.steps} and --epochs {args.epochs}: give one")
         if "steps" not in typed and args.epochs:
-            args.steps = max(1, args.epochs * (len(data.train) // batch_size))
+            args.steps = max(1, args.epochs * (len(data.train.labels) // batch_size))
         args.warmup = args.steps // 15 if args.warmup is None else args.warmup  # 20 of 300 epochs
     if args.batch_size // world % 2 and (args.mixup or args.cutmix):
         raise flags.UserError(f"--batch-size {args.batch_size}: --mixup needs pairs of images")
@@ -96,9 +96,8 @@ def main(argv=None):
         for rows_here, places in run.micro_batches(rows, np.arange(batch_size)):
             images, labels = to_device(data.to_float(*data.train.take(rows_here)), device)
             draws = Draws(step_seed(args.seed, step), device, places, batch_size)
-            strengths = {name: getattr(args, name) for name in PIECES}
             images, targets = augment(images, labels, data.classes, draws, data.image_size,
-                                      **strengths)
+                                      **{name: getattr(args, name) for name in PIECES})
             with autocast(device, args.precision):
                 logits = trained(images)  # (B, classes)
             loss = F.cross_entropy(logits.float(), targets, reduction="sum")

@@ -16,8 +16,8 @@ SYMBOLS, TRIGGERS = 64, 3
 
 def bigram_backcopy(chains=16_384, length=256, seed=0):
     """Chains of `length` symbols behind each other, uint8."""
-    from minq.data import joined, stdlib_files  # imported here: quantize.py may need no text
-    source = joined(stdlib_files())
+    from minq.data import stdlib_files  # imported here: quantize.py may need no text
+    source = np.frombuffer(b"\n".join(stdlib_files()), dtype=np.uint8)
     by_frequency = np.argsort(-np.bincount(source, minlength=256), kind="stable")
     symbols = np.argsort(by_frequency).astype(np.uint8)[source]  # each byte's rank
     symbols = symbols[symbols < SYMBOLS].astype(np.int64)

@@ -49,7 +49,7 @@ from lab.damage import Observer, last_states, scores
 from lab.opened import open_runs
 from lab.tables import markdown, write_json
 from minq import flags
-from minq.quant import percentile_of, quantize_model
+from minq.quant import quantize_model, value_range
 from minq.training import to_device
 
 
@@ -97,7 +97,7 @@ def gains(run, batches=16, eval_batches=4):
         for gain, target in product((tensor["gain"], tensor["token_gain"]), targets):
             gain[target] /= total[target]
         values = heard[name].x.detach().flatten()
-        tensor["sigma"] = values[values.abs() <= percentile_of(values.abs(), 99.5)].std().item()
+        tensor["sigma"] = values[values.abs() <= value_range(values.abs(), 99.5)[1]].std().item()
         tensor["range"] = 65535 * heard[name].scale.view(-1, 1)
     return found
 

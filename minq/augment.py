@@ -37,7 +37,7 @@ def augment(images, labels, classes, draws, size, crop_scale=0.08, flip=0.5, ran
     """
     images = (random_resized_crop(images, size, (crop_scale, 1.0), (3 / 4, 4 / 3), draws)
               if crop_scale else centre_crop(images, size))
-    images = random_flip(images, flip, draws)
+    images = torch.where(per_image(draws.each(len(images)) < flip), images.flip(-1), images)
     images = randomly_augmented(images, rand_augment, rand_magnitude, draws)
     images = colour_jitter(images, jitter, draws)
     images, lam = mix(images, mixup, cutmix, draws)
@@ -74,7 +74,7 @@ def per_image(values):
     return values[:, None, None, None]
 
 
-# ---- crop and flip ----
+# ---- crop ----
 
 def random_resized_crop(images, size, scale, ratio, draws):
     """Cut a random box out of each image and resize it to size x size, bilinear or bicubic."""
@@ -134,11 +134,6 @@ def resize_matrix(start, length, full, size, bicubic):
     weight = torch.where(bicubic, cubic, (1 - t).clamp(min=0.0))
     weight = weight * ((start < pixel) & (pixel < start + length))
     return weight / weight.sum(dim=-1, keepdim=True)
-
-
-def random_flip(images, probability, draws):
-    """Mirror each image, left for right, with the given probability."""
-    return torch.where(per_image(draws.each(len(images)) < probability), images.flip(-1), images)
 
 
 def centre_crop(images, size):

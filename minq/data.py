@@ -18,7 +18,6 @@ import torch
 from minq.flags import TEXTS, UserError
 
 IGNORE = -100            # a label that is not predicted (cross_entropy's default)
-VALIDATION_SHARE = 0.1   # the last tenth of a text; of an array of images a tenth
 BYTES = 256
 PACKED = (b"\x93NUMPY", b"PK\x03\x04", b"\x1f\x8b\x08", b"\x28\xb5\x2f\xfd", b"BZh", b"\xfd7zXZ")
 ENWIK8 = ("http://mattmahoney.net/dc/enwik8.zip",  # 100 MB of Wikipedia
@@ -43,8 +42,8 @@ class Text(NamedTuple):
     documents: str | None = None  # what the tokens hold delimiters around: files, lines, tokens
 
     def split(self, name):
-        """The 'train' or 'validation' part; they never overlap."""
-        boundary = int(len(self.tokens) * (1 - VALIDATION_SHARE))
+        """The 'train' or 'validation' part, the last tenth; they never overlap."""
+        boundary = int(len(self.tokens) * 0.9)
         return self.tokens[:boundary] if name == "train" else self.tokens[boundary:]
 
 
@@ -67,7 +66,9 @@ def load_text(source, vocab_size=None, special_ids=None, documents=None):
             tokens, words = read_tokens(path)
         else:
             files, vocab_size = TEXTS.get(source, lambda: (read_files(path), BYTES))()
-            tokens = joined(files)
+            if not any(map(len, files)):
+                raise ValueError("is empty; expected text")
+            tokens = np.frombuffer(b"\n".join(files), dtype=np.uint8)
     except (OSError, ValueError) as error:
         raise UserError(f"--data {source}: {error}; built in: {', '.join(TEXTS)}") from None
     if (most := tokens.max()) >= vocab_size:
@@ -82,13 +83,6 @@ def load_text(source, vocab_size=None, special_ids=None, documents=None):
         stream = "".join(cls + part.decode("latin-1") + sep for part in parts if part.strip())
         tokens = np.frombuffer(stream.encode("utf-16-le"), dtype="<u2")
     return Text(tokens, is_bytes, words, max(vocab_size, max(ids) + 1), *ids, sha256, documents)
-
-
-def joined(files):
-    """The bytes of files behind each other, uint8. A ValueError if there are none."""
-    if not any(map(len, files)):
-        raise ValueError("is empty; expected text")
-    return np.frombuffer(b"\n".join(files), dtype=np.uint8)
 
 
 def read_files(path):

@@ -5,14 +5,14 @@ The sister of data.py: batch `step` of a run is a pure function of (seed, step).
 """
 import hashlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from minq.augment import centre_crop
-from minq.data import VALIDATION_SHARE, downloaded, spread
+from minq.data import downloaded, spread
 from minq.flags import UserError
 
 CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
@@ -21,42 +21,33 @@ CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
 
 # ---- sources ----
 
-@dataclass
-class Part:
-    """Images (N, H, W, 3) uint8, in memory or on disk, and labels (N,) int64; of them only `rows`,
-    unless None."""
+class Part(NamedTuple):
+    """Images (N, H, W, 3) uint8, in memory or on disk, and labels (N,) int64."""
     images: np.ndarray
     labels: np.ndarray
-    rows: np.ndarray | None = None
-
-    def __len__(self):
-        return len(self.labels if self.rows is None else self.rows)
 
     def take(self, indices):
         """(images, labels) at `indices`, copied into memory."""
-        rows = indices if self.rows is None else self.rows[indices]
-        return np.array(self.images[rows]), self.labels[rows]
+        return np.array(self.images[indices]), self.labels[indices]
 
 
 def load_images(source, image_size=None):
     """Images from `--data`: a name in IMAGES, or a folder that `read_folder` knows. Else
     UserError."""
     try:
-        train, validation = IMAGES[source]() if source in IMAGES else read_folder(Path(source))
+        parts = IMAGES[source]() if source in IMAGES else read_folder(Path(source))
     except (OSError, ValueError) as error:
         raise UserError(f"--data {source}: {error}; built in: {', '.join(IMAGES)}") from None
-    for part in (train, validation):
-        images, labels = part.images, part.labels
-        square = images.shape[1:] == (*images.shape[1:2] * 2, 3) == train.images.shape[1:]
+    for images, labels in parts:
+        square = images.shape[1:] == (*images.shape[1:2] * 2, 3) == parts[0].images.shape[1:]
         if images.dtype != np.uint8 or not square:
             raise UserError(f"--data {source}: images are {images.dtype} {images.shape}; expected "
                             "uint8 (N, H, H, 3), to validate with as to train on")
-        counted = labels.dtype.kind in "iu" and labels.shape == images.shape[:1] and len(part)
-        if not counted or labels.min() < 0 or train.labels.min() or labels.max() >= 2 ** 16:
+        counted = labels.dtype.kind in "iu" and labels.shape == images.shape[:1] and len(labels)
+        if not counted or labels.min() < 0 or parts[0].labels.min() or labels.max() >= 2 ** 16:
             raise UserError(f"--data {source}: labels are {labels.dtype} {labels.shape}; expected "
                             "whole numbers, 0 among them, up to 65535, one per image")
-        part.labels = np.array(labels, dtype=np.int64)
-    return Images(train, validation, image_size)
+    return Images(*(Part(x.images, np.array(x.labels, np.int64)) for x in parts), image_size)
 
 
 # A name for --data -> (Part to train on, Part to validate with).
@@ -69,7 +60,7 @@ IMAGES = {
 def sha256_of(train, validation):
     """The hash of labels and images; beyond 1 GiB (ImageNet) a thousand images stand for all."""
     digest = hashlib.sha256()
-    for part in (train, validation) if validation.rows is None else (train,):  # rows: one array
+    for part in (train, validation):
         digest.update(part.labels)
         stride = 1 if part.images.nbytes < 2 ** 30 else max(1, len(part.images) // 1000)
         for start in range(0, len(part.images), n := 256 * stride):
@@ -80,26 +71,12 @@ def sha256_of(train, validation):
 # ---- folders ----
 
 def read_folder(folder):
-    """(train, validation) of a folder, whose layout shows in the names of its files.
-
-    images.npy, uint8 (N, H, W, 3), which stays on disk, and labels.npy are the way for ImageNet;
-    val_images.npy and val_labels.npy are to validate with. Without them a tenth of the rows is,
-    chosen at random and always the same, because such arrays are often sorted by class.
-    """
+    """[train, validation] of a folder: CIFAR-10's files; or arrays, the way for ImageNet, which
+    stay on disk: images.npy, uint8 (N, H, W, 3), and labels.npy, val_images.npy, val_labels.npy."""
     if batches := sorted(folder.glob("data_batch_*.bin")):
         return read_cifar10(batches), read_cifar10([folder / "test_batch.bin"])
-    if not (folder / "images.npy").exists():
-        raise ValueError("expected CIFAR-10's data_batch_*.bin and test_batch.bin, or images.npy")
-
-    def part(prefix):
-        return Part(*(np.load(folder / f"{prefix}{x}.npy", "r") for x in ("images", "labels")))
-
-    train = part("")
-    if any(folder.glob("val_*.npy")):
-        return train, part("val_")
-    rows = np.random.default_rng(0).permutation(len(train.labels))
-    boundary = int(len(rows) * (1 - VALIDATION_SHARE))
-    return [Part(train.images, train.labels, np.sort(x)) for x in np.split(rows, [boundary])]
+    return [Part(*(np.load(folder / f"{prefix}{x}.npy", "r") for x in ("images", "labels")))
+            for prefix in ("", "val_")]
 
 
 def read_cifar10(paths):
@@ -193,7 +170,7 @@ class Images:
 
     def train_rows(self, seed, step, size):
         """Which images batch `step` holds, (size,), drawn at random: a function of (seed, step)."""
-        return np.random.default_rng((seed, step)).integers(len(self.train), size=size)
+        return np.random.default_rng((seed, step)).integers(len(self.train.labels), size=size)
 
     def train_batch(self, seed, step, size):
         """(images (size, H, W, 3), labels (size,)), as they are on disk."""
@@ -201,7 +178,7 @@ class Images:
 
     def validation_batches(self, size, batches, rank=0, world=1):
         """Up to `batches` pairs (images, labels): always the same images, none twice."""
-        for _, chosen in spread(len(self.validation), size, batches, rank, world):
+        for _, chosen in spread(len(self.validation.labels), size, batches, rank, world):
             yield self.validation.take(chosen)
 
     def to_float(self, images, labels):

@@ -1,9 +1,9 @@
-"""How strong a model's outliers are: infinity norm, kurtosis, 6-sigma counts (paper, sec. 3 and 5).
+"""How strong a model's outliers are: infinity norm and kurtosis (paper, sec. 5).
 
     with watch(model, ("ffn_output", *model.kurtosis_taps)) as outliers:
         for inputs, _ in validation_batches:
             model(*inputs)
-    outliers.max_inf_norm("ffn_output"), outliers.avg_kurtosis(model.kurtosis_taps)
+    max(outliers.mean["ffn_output"]["inf_norm"]), outliers.avg_kurtosis(model.kurtosis_taps)
 
 Here x is one activation of a batch, (B, T, d); a "tensor" in the paper's sense is one sample's
 (T, d). (In two places of an OPT it is one token's (d,): see `kurtosis_taps` in model.py.)
@@ -17,8 +17,7 @@ import torch
 
 def inf_norm(x):
     """max |x| over each sample's (T, d): (B, T, d) -> (B,)"""
-    x = x.flatten(1)
-    return torch.maximum(-x.amin(dim=1), x.amax(dim=1))
+    return x.flatten(1).abs().amax(dim=1)
 
 
 def kurtosis(x):
@@ -30,13 +29,6 @@ def kurtosis(x):
     x = x.float().flatten(1)
     squares = (x - x.mean(dim=1, keepdim=True)).square_()
     return squares.square().mean(dim=1) / squares.mean(dim=1).square()
-
-
-def is_outlier(x):
-    """Which values lie more than 6 standard deviations from their sample's mean (footnote 1)."""
-    flat = x.float().flatten(1)
-    std, mean = torch.std_mean(flat, dim=1, correction=0, keepdim=True)
-    return ((flat - mean).abs() > 6 * std).view_as(x)
 
 
 def norms_and_kurtosis(x):
@@ -138,10 +130,6 @@ class Averages:
         found = {tap: [*zip(self.sums[tap], self.counts[tap])] for tap in self.sums}
         return {tap: {metric: [(sums[metric] / n).tolist() for sums, n in places]
                       for metric in places[0][0]} for tap, places in found.items()}
-
-    def max_inf_norm(self, tap):
-        """Mean over samples, then the largest layer's (Table 2's "Max inf. norm")."""
-        return max(self.mean[tap]["inf_norm"])
 
     def avg_kurtosis(self, taps):
         """Mean over samples, then over all places of the taps (Table 2's "Avg. kurtosis").

@@ -9,10 +9,10 @@
 model's forward pass stays as it is. (Training in eight bits: fake_quant.py.)
 """
 import copy
-import math
 from contextlib import contextmanager
 from fnmatch import fnmatch
 
+import numpy as np
 import torch
 import torch.nn as nn
 
@@ -61,18 +61,8 @@ def value_range(x, percentile=100.0):
     """(low, high) of one batch: min and max, or the (100-p)-th and the p-th percentile of all."""
     if percentile == 100.0:
         return torch.aminmax(x.float())
-    return percentile_of(x, 100.0 - percentile), percentile_of(x, percentile)
-
-
-def percentile_of(x, percentile):
-    """The p-th percentile of all values of x, interpolated between two ranks (as numpy's).
-
-    torch.quantile refuses more than 2^24 values.
-    """
-    x = x.float().flatten()
-    rank = (x.numel() - 1) * percentile / 100.0
-    a, b = (x.kthvalue(k + 1).values for k in (math.floor(rank), math.ceil(rank)))
-    return a + (b - a) * (rank % 1)
+    found = np.percentile(x.float().cpu(), (100.0 - percentile, percentile))
+    return torch.tensor(found, dtype=torch.float32, device=x.device).unbind()
 
 
 class RunningRange:

@@ -140,7 +140,7 @@ class Run:
         record = {"step": self.step, "loss": self.train_loss.item() / steps,
                   "lr": self.optimizer.param_groups[0]["lr"], "val_loss": scores["loss"],
                   metric: scores[metric], f"float_{metric}": floating[metric],
-                  "max_inf_norm": outliers.max_inf_norm(model.norm_tap),
+                  "max_inf_norm": max(outliers.mean[model.norm_tap]["inf_norm"]),
                   "avg_kurtosis": outliers.avg_kurtosis(model.kurtosis_taps), **outliers.mean}
         if self.rank == 0:
             append_line(self.folder / "metrics.jsonl", json.dumps(record))

@@ -145,7 +145,9 @@ def test_boxes_are_drawn_as_in_torchvision(height, width):
 
 def test_flip():
     x = pictures(400)
-    flipped = ((y := A.random_flip(x, 0.25, A.Draws(0))) == x.flip(-1)).flatten(1).all(dim=1)
+    off = dict.fromkeys(("crop_scale", "rand_augment", "jitter", "mixup", "cutmix"), 0)
+    y, _ = A.augment(x, torch.zeros(400).long(), 2, A.Draws(0), x.shape[-1], flip=0.25, **off)
+    flipped = (y == x.flip(-1)).flatten(1).all(dim=1)
     assert torch.equal(y[~flipped], x[~flipped]) and 60 < flipped.sum() < 140
 
 
@@ -264,11 +266,11 @@ def test_order_and_settings(settings, monkeypatch):
     """The defaults are the paper's and timm's, and every setting reaches its piece."""
     calls, s = [], dict(crop_scale=0.08, flip=0.5, rand_augment=2, rand_magnitude=9.0, jitter=0.4,
                         mixup=0.8, cutmix=1.0, label_smoothing=0.1) | settings
-    for name in ("random_resized_crop", "random_flip", "randomly_augmented", "colour_jitter", "mix",
+    for name in ("random_resized_crop", "randomly_augmented", "colour_jitter", "mix",
                  "soft_targets"):
         piece = lambda x, *a, real=getattr(A, name): calls.append(a[:-1]) or real(x, *a)
         monkeypatch.setattr(A, name, piece)
     run(pictures(8), **settings)
-    assert calls == [(32, (s["crop_scale"], 1.0), (3 / 4, 4 / 3)), (s["flip"],),
+    assert calls == [(32, (s["crop_scale"], 1.0), (3 / 4, 4 / 3)),
                      (s["rand_augment"], s["rand_magnitude"]), (s["jitter"],),
                      (s["mixup"], s["cutmix"]), (10, s["label_smoothing"])]

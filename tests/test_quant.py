@@ -12,7 +12,7 @@ from minq.attention import Tap
 from minq.flags import UserError
 from minq.model import FAMILIES
 from minq.quant import (A_ESTIMATORS, W_ESTIMATORS, ActivationQuantizer, affine_parameters,
-                        calibrating, fake_quantize, grid, mse_threshold, percentile_of, quantize,
+                        calibrating, fake_quantize, grid, mse_threshold, quantize,
                         quantize_model, quantize_weight)
 from running import same
 from small import inputs, small
@@ -105,15 +105,6 @@ def test_ranges_over_batches(name, percentile):
     if name != "minmax":
         expected = functools.reduce(lambda old, new: 0.9 * old + 0.1 * new, ends)
     assert [running.low.item(), running.high.item()] == pytest.approx(list(expected), rel=1e-3)
-
-
-def test_percentiles_equal_numpys_also_of_more_values_than_torch_quantile_takes():
-    for x in (torch.randn(3), torch.randn(1000), torch.randn(54321)):
-        for p in (0.001, 0.01, 5.0, 95.0, 99.99, 99.999):
-            expected = np.percentile(x.double().numpy(), p)
-            assert percentile_of(x, p).item() == pytest.approx(expected, rel=1e-4)
-    x = torch.arange(2 ** 24 + 10, dtype=torch.float32)
-    assert percentile_of(x, 99.99).item() == pytest.approx(0.9999 * (2 ** 24 + 9), rel=1e-6)
 
 
 @pytest.mark.parametrize("n_bits", [3, 8])

@@ -38,8 +38,9 @@ def world(tmp_path_factory, corpus, cifar):
     torch.save({k: x for k, x in checkpoint.items() if k != "optimizer"}, "weights/checkpoint.pt")
     (folder / "short.txt").write_text("ten bytes!")
     np.full(5000, 70, dtype="<u2").tofile("seventy.bin")
-    np.save("sixty/images.npy", np.zeros((40, 8, 8, 3), dtype=np.uint8))
-    np.save("sixty/labels.npy", np.arange(40) % 2 * 59)
+    for part in ("", "val_"):
+        np.save(f"sixty/{part}images.npy", np.zeros((40, 8, 8, 3), dtype=np.uint8))
+        np.save(f"sixty/{part}labels.npy", np.arange(40) % 2 * 59)
     os.chdir(here)
     return folder
 
@@ -107,7 +108,7 @@ train_opt --sample 5 --out bert               | bert: a run of bert, expected on
 train_opt --attention row-clipped --gamma -1  | --gamma -1.0 needs --attention clipped
 train_vit --epochs 2                          | --steps 6 | --epochs 2 | give one
 train_vit --cutmix 1 --batch-size 7           | --batch-size 7: | pairs
-train_vit --data nothing                      | nothing: expected | built in: shapes, cifar10
+train_vit --data nothing                      | nothing/images.npy | built in: shapes, cifar10
 quantize.py nothing                           | nothing: no run here
 quantize.py --data sixty                      | vit: its model has classes 10, the data 60
 """
