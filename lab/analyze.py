@@ -6,7 +6,7 @@
     python -m lab.analyze runs/opt-vanilla-backcopy-s0 --by-trigger    where heads have work to do
 
 An outlier is more than 6 standard deviations from its sample's mean. Layers and heads count from 1,
-positions and dimensions from 0. Delimiters are [CLS], [SEP], newline, space and punctuation.
+positions and dimensions from 0. Delimiters: [CLS], [SEP], spaces, line ends and punctuation.
 
 sink: the commonest most-attended token; attention: its mean probability over all queries
 even: what even attention would give it; parks: attention above 0.3 and above twice even
@@ -21,13 +21,11 @@ import numpy as np
 import torch
 
 from lab.opened import open_runs
-from lab.survey import (OUTLIER_TAPS, at_triggers, group_shares, record, survey, token_groups,
-                        token_names, worst_dimension)
+from lab.survey import (OUTLIER_TAPS, at_triggers, is_delimiter, record, survey, token_names,
+                        worst_dimension)
 from lab.tables import markdown, read_log, save_pictures, write_json
 from minq import flags
 from minq.training import to_device
-
-BATCHES = 16  # of the validation split, unless told
 
 
 @flags.one_line_errors
@@ -70,7 +68,7 @@ def analyze(args):
         if (getattr(args, flag) or 0) > most:
             raise flags.UserError(f"--{flag} {getattr(args, flag)}: {name} has {most}")
     names = token_names(text) if text else [*map(str, range(config.seq_len))]
-    batches = run.validation(args.eval_batches or BATCHES)
+    batches = run.validation(args.eval_batches or 16)
     got = survey(run.model, batches, run.device, tap, text and len(names))
     outliers, heads = got["outliers"], got["heads"]
     settings = [f", {k} {x}" for k, x in flags.attention_settings(config).items() if x is not None]
@@ -94,11 +92,12 @@ def analyze(args):
 
     # ---- which tokens carry them ----
     if text:
-        groups = token_groups(names, text.is_bytes)
-        shares, every = (group_shares(groups, got[x]) for x in ("tokens_of_outliers", "tokens"))
-        printed.append(table("which tokens carry them", [
-            {"tokens": x, f"share of outliers of {tap}": shares[x], "of all tokens": every[x]}
-            for x in sorted(shares, key=shares.get, reverse=True) if every[x]]))
+        shares, every = (got[x] / max(got[x].sum(), 1) for x in ("tokens_of_outliers", "tokens"))
+        ten, ends = np.argsort(-shares, kind="stable")[:10], [*map(is_delimiter, names)]
+        printed.append(table("which tokens carry them: the ten that carry most", [
+            {"token": token, f"share of outliers of {tap}": shares[i].sum(),
+             "of all tokens": every[i].sum()}
+            for token, i in (*((names[i], i) for i in ten), ("all delimiters", ends))]))
 
     # ---- what heads do ----
     over_even = heads["attention"] / heads["even"]
@@ -107,7 +106,6 @@ def analyze(args):
         | {key.replace("_", " "): x[at] for key, x in heads.items()}
         for at in sorted(np.ndindex(L, H), key=over_even.__getitem__, reverse=True)]),
         __doc__.rpartition("\n\n")[2]]
-    pictures["heads"] = "heads", heads, f"{name}: heads, numbered layer.head"
 
     # ---- one head on two validation samples (Figures 2 and 3) ----
     source, dimension = worst_dimension(outliers[tap])
@@ -136,7 +134,7 @@ def by_trigger(args):
     (run,) = open_runs(args, "opt")
     if (data := args.data or run.checkpoint["args"]["data"]) != "backcopy":
         raise flags.UserError(f"--by-trigger {run.name}: its data is {data}, not backcopy")
-    found = at_triggers(run.model, run.validation(args.eval_batches or BATCHES), run.device)
+    found = at_triggers(run.model, run.validation(args.eval_batches or 16), run.device)
     return {"run": run.name} | found, {}, table(
         f"{run.name}: the mean probability of the start token and of the token before; pi", [
         {"layer": layer + 1, "head": head + 1}

@@ -6,7 +6,7 @@
 
 bert opt vit    a training step against --fused and Hugging Face's two attentions
 attention       a training step with each of the paper's attentions (Table 8)
-precision       a training step of the laptop presets in bf16, against fp32
+laptop          a training step of the laptop presets against Hugging Face's, eager and compiled
 fakequant       a training step in eight bits (the blog), against floating point
 integer         int8 inference and torchao's, eager and compiled, against fp32
 roofline        a training step against as many operations in one large matrix product
@@ -20,7 +20,7 @@ import copy
 import statistics
 import time
 from contextlib import suppress
-from functools import cache, partial
+from functools import partial
 
 import torch
 import torch.nn as nn
@@ -48,8 +48,6 @@ TASKS = {family: SCRIPTS[family].PRESETS["paper"] | dict(family=family, title=ti
 LAPTOP = {family: script.PRESETS["laptop"] | dict(
     family=family, title=f"laptop {family}", image_size=32) for family, script in SCRIPTS.items()}
 
-text = cache(load_text)
-
 
 def new_model(recipe):
     build = FAMILIES[recipe["family"]]
@@ -64,7 +62,7 @@ def batch(model, size):
         labels = torch.randint(config.classes, (size,))
         return ((images,), labels), (2 * images - 1, labels)
     loader = {"bert": MaskedText, "opt": CausalText}[model.family]
-    data = loader(text("stdlib"), config.seq_len)
+    data = loader(load_text("stdlib"), config.seq_len)
     tokens, labels = data.train_batch(0, 0, size)
     theirs = (tokens, labels if loader is MaskedText else tokens)  # its OPT shifts them by itself
     return data.to_model(tokens, labels), tuple(map(torch.from_numpy, theirs))
@@ -76,6 +74,7 @@ def training_step(recipe, device):
     model = new_model(recipe)
     (inputs, targets), (x, labels) = to_device(batch(model, recipe["batch_size"]), device)
     model = recipe.get("prepare", nn.Identity())(model.to(device)).to(device)
+    model = compiled(model) if recipe.get("compile") else model
     groups = parameter_groups(model, 0.01)
     optimizer = OPTIMIZERS["adamw"](model, groups, lr=1e-4, betas=(0.9, 0.999))
 
@@ -151,6 +150,8 @@ METHODS = {"vanilla": {}, "clipped softmax": dict(attention="clipped", gamma=-0.
 PEERS = {"minq": {}, "minq, --fused": dict(fused=True),
          "Hugging Face, sdpa": dict(prepare=partial(hugging_face, "sdpa")),
          "Hugging Face, eager": dict(prepare=partial(hugging_face, "eager"))}
+ON_A_LAPTOP = {f"{name}{how}": PEERS[name] | dict(compile=bool(how))
+               for how in ("", ", compiled") for name in ("minq", "Hugging Face, sdpa")}
 EIGHT_BITS = {"floating point": {}, "minq": dict(prepare=fake_quantize_training)}
 
 
@@ -195,8 +196,8 @@ def roofline(device, settings):
 
 GROUPS = {family: partial(training_steps, [recipe], PEERS) for family, recipe in TASKS.items()} | {
     "attention": partial(training_steps, TASKS.values(), METHODS),
-    "precision": partial(training_steps, LAPTOP.values(), {
-        kind: dict(precision=kind) for kind in ("fp32", "bf16")}),
+    "laptop": partial(training_steps, [LAPTOP["bert"] | dict(seq_len=32, title="T 32"),
+                                       *LAPTOP.values()], ON_A_LAPTOP),
     "fakequant": partial(training_steps, [TASKS["bert"]], EIGHT_BITS),
     "integer": integer, "roofline": roofline}
 
@@ -211,11 +212,13 @@ def main(argv=None):
     add("--quick", action="store_true", help="one round, two layers of each model")
     add("--rounds", type=flags.positive, help="turns that each alternative takes; by default 5")
     add("--dropout", type=flags.below_1, default=0.0, help="of training steps")
+    add("--compile", action="store_true", help="training steps")
     add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="of training steps")
     args = parser.parse_args(argv)
     device = pick_device(args.device)
-    settings = dict(dropout=args.dropout, precision=pick_precision(args.precision, device))
+    settings = dict(dropout=args.dropout, compile=args.compile,
+                    precision=pick_precision(args.precision, device))
     settings |= dict(layers=2) if args.quick else {}
     print(device, settings["precision"], torch.get_num_threads(), "threads", "(quick)" * args.quick)
     for group in GROUPS if "all" in args.groups else args.groups:

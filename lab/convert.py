@@ -6,7 +6,7 @@
     python -m lab.convert google/vit-base-patch16-224 --images FOLDER    as in train_vit.py --data
 
 It needs pip install -e '.[pretrained]', and reads BERT with its masked-LM head or without any, OPT
-(125m and the other pre-LN sizes) and ViT classifiers (of transformers and of timm). These are the
+(125m and the other pre-LN sizes) and ViT classifiers, in the files of transformers. These are the
 paper's architectures: their tensors are renamed, and what minq does not have is folded into weights
 that it has: BERT's segment embedding into the positions (there is one segment), OPT's two unused
 positions, and a ViT's pixel normalization into its patch embedding.
@@ -216,11 +216,8 @@ VIT = names(
     "layernorm_before intermediate.dense output.dense layernorm_after", final_norm="layernorm",
     patch_embedding="embeddings.patch_embeddings.projection", cls_embedding="embeddings.cls_token",
     position_embedding="embeddings.position_embeddings", head="classifier")
-TIMM = names(
-    "blocks.*.", "attn.qkv attn.proj norm1 mlp.fc1 mlp.fc2 norm2", head="head", final_norm="norm",
-    patch_embedding="patch_embed.proj", cls_embedding="cls_token", position_embedding="pos_embed")
 PREFIX = re.compile(r"^((module|_orig_mod|bert|vit|model|decoder)\.)*")  # of wrappers, with a head
-# what is outside of these, in transformers' models, is a head
+# what is outside of these is a head
 BASE = re.compile(r"embeddings|encoder|layers|embed_|project_|final_layer_norm|layernorm")
 
 
@@ -229,9 +226,8 @@ BASE = re.compile(r"embeddings|encoder|layers|embed_|project_|final_layer_norm|l
 # What no tensor tells of, as minq's models have it.
 PLAIN = {"quantization_config": None, "position_embedding_type": "absolute", "is_decoder": False,
          "do_layer_norm_before": True, "do_normalize": True, "do_rescale": True,
-         "rescale_factor": 1 / 255, "global_pool": "token", "act_layer": None, "norm_layer": None}
-DEFAULTS = {"layer_norm_eps": 1e-12, "image_mean": [0.5] * 3, "image_std": [0.5] * 3,
-            "mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # timm's: ImageNet's
+         "rescale_factor": 1 / 255}
+DEFAULTS = {"layer_norm_eps": 1e-12, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
 def convert(folder, seq_len=None):
@@ -241,10 +237,10 @@ def convert(folder, seq_len=None):
         config = read_json(folder / "preprocessor_config.json") | read_json(folder / "config.json")
         old = "Bert" if config.get("type_vocab_size") == 2 else ""  # of 2018; a RoBERTa has one
         named = re.sub("(For|Model).*", "", config.get("architectures", [old])[0]).lower()
-        kind = config.get("model_type") or ("timm" if "architecture" in config else named)
+        kind = config.get("model_type") or named
         if str(kind) not in KINDS:
             raise UserError(f"its model_type is {kind!r}; expected one of {', '.join(KINDS)}")
-        config = DEFAULTS | config | config.get("pretrained_cfg", {}) | config.get("model_args", {})
+        config = DEFAULTS | config
         if odd := [key for key, value in PLAIN.items() if config.get(key, value) != value]:
             raise UserError(f"{odd[0]} is {config[odd[0]]!r}; expected {PLAIN[odd[0]]!r}")
         read, theirs, build = KINDS[kind]
@@ -257,7 +253,7 @@ def convert(folder, seq_len=None):
             keys = [path + dot + name + part for name in last.split("|")]
             if all(key in tensors for key in keys):
                 state[ours.replace("*", str(i)) + part] = torch.cat(list(map(tensors.pop, keys)))
-        if heads := [name for name in tensors if kind != "timm" and not BASE.match(name)]:
+        if heads := [name for name in tensors if not BASE.match(name)]:
             print(f"{folder}: ignored, of heads that minq does not have: {', '.join(heads)}")
         # which tells what is missing, and what is left
         model.load_state_dict(state | {name: tensors[name] for name in tensors.keys() - heads})
@@ -311,41 +307,23 @@ def opt(config, tensors, seq_len):
 
 def vit(config, tensors, seq_len):
     """ViTForImageClassification."""
-    fold_pixels(tensors, VIT, config["image_mean"], config["image_std"])
+    fold_pixels(tensors, config["image_mean"], config["image_std"])
     return sizes(config) | dict(image_size=config["image_size"], patch_size=config["patch_size"],
                                 classes=len(tensors["classifier.bias"]))
 
 
-def timm(config, tensors, seq_len):
-    """A vit_*_patchN_S of timm, classified by its [CLS] token; its tensors tell most sizes."""
-    patch = fold_pixels(tensors, TIMM, config["mean"], config["std"])
-    width = len(tensors["norm.bias"])
-    pixels = patch * int(len(tensors["pos_embed.weight"]) ** 0.5)
-    if (not re.fullmatch(r"(vit|deit)_\w+_patch\d+_\d+", config["architecture"])  # ..._rope_224
-            or config.get("img_size", pixels) not in (pixels, [pixels, pixels])):
-        raise UserError(f"it is {config['architecture']}; expected a plain, square vit_*_patchN_S")
-    # up to ViT-L, heads are 64 wide unless it says else
-    config = ({"num_heads": width // 64} if width % 64 == 0 and width <= 1024 else {}) | config
-    return {"layers": len({key.split(".")[1] for key in tensors if key.startswith("blocks.")}),
-            "width": width, "heads": config["num_heads"], "image_size": pixels, "patch_size": patch,
-            "ffn": len(tensors["blocks.0.mlp.fc1.bias"]), "classes": len(tensors["head.bias"])}
-
-
-def fold_pixels(tensors, names, mean, std):
+def fold_pixels(tensors, mean, std):
     """minq's ViT sees u = 2 x - 1, the published one (x - mean) / std, which is u / (2 std) +
-    (0.5 - mean) / std: a scale per colour for the weights, and a constant for the bias. Returns the
-    pixels per side of a patch."""
-    mean, std, patches = torch.tensor(mean), torch.tensor(std), names["patch_embedding"]
+    (0.5 - mean) / std: a scale per colour for the weights, and a constant for the bias."""
+    mean, std, patches = torch.tensor(mean), torch.tensor(std), VIT["patch_embedding"]
     weight = tensors[f"{patches}.weight"]  # (width, 3, size, size)
     tensors[f"{patches}.weight"] = (weight / (2 * std)[:, None, None]).flatten(1)
     tensors[f"{patches}.bias"] += weight.sum(dim=(2, 3)) @ ((0.5 - mean) / std)
-    for name in (names["cls_embedding"], names["position_embedding"]):
+    for name in (VIT["cls_embedding"], VIT["position_embedding"]):
         tensors[f"{name}.weight"] = tensors.pop(name).flatten(0, 1)  # (1, n, width) -> (n, width)
-    return weight.shape[-1]
 
 
-KINDS = dict(
-    bert=(bert, BERT, Bert), opt=(opt, OPT, Opt), vit=(vit, VIT, ViT), timm=(timm, TIMM, ViT))
+KINDS = dict(bert=(bert, BERT, Bert), opt=(opt, OPT, Opt), vit=(vit, VIT, ViT))
 
 
 if __name__ == "__main__":

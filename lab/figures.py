@@ -1,7 +1,7 @@
 """The paper's figures: arrays in, a matplotlib Figure out. Knows no model; nothing else in this
 project imports matplotlib (pip install -e '.[plots]').
 
-    figures.heads(found["heads"], "runs/mine").savefig("heads.png")
+    figures.damage(row).savefig("damage.png")
 
 Arrays count layers and heads from 0, the pictures from 1. Positions and dimensions are zero-based
 in both, as in the paper. Colours are Okabe and Ito's, told apart with any colour vision (lines by
@@ -90,29 +90,6 @@ def head(panels, title, labels=None):
             for axis in ax.xaxis, ax.yaxis:
                 axis.set_ticks(shown, [tokens[i] for i in shown], fontsize=8)
             ax.set(xlabel="attended to (key)", ylabel="attends (query)")
-    return figure
-
-
-# ---- the mechanism ----
-
-def heads(measures, title):
-    """Each head a point, with a line from even attention: survey's measures, (L, H) each. To the
-    right and at the bottom, a head gives its attention to a token that has next to no value.
-    Those that park, or are few, are numbered layer.head."""
-    keys = "attention", "even", "sink_value", "score_range"
-    attention, even, value, spread = map(measures.get, keys)
-    with sheet(title, 1, 1, 9, 6) as (figure, axes):
-        ax = axes[0, 0]
-        ax.hlines(value, even, attention, "grey", linewidth=1, label="from even attention")
-        points = ax.scatter(attention, value, 60, spread, cmap=AMOUNT, edgecolor="k", zorder=2,
-                            vmin=0, vmax=above_zero(np.percentile(spread, 90)))
-        for layer, head in np.argwhere(measures["parks"] | (value.size <= MOST_LABELS)):
-            ax.text(attention[layer, head], value[layer, head], f"  {layer + 1}.{head + 1}")
-        ax.axvline(0.3, color="grey", linestyle=":", label="no head parks left of it")
-        ax.set(xlabel="attention on the most-attended token", xlim=(0, 1),
-               ylabel="norm of its value / mean norm", ylim=(0, 1.1 * above_zero(value)))
-        figure.legend(loc="outside lower center", ncols=2)
-        figure.colorbar(points, ax=ax, label="softmax input range", extend="max")
     return figure
 
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from lab.damage import last_states, scores
 from lab.opened import open_runs
-from lab.survey import DELIMITERS, survey, token_groups, token_names
+from lab.survey import is_delimiter, survey, token_names
 from lab.tables import markdown, write_json
 from minq import flags
 from minq.outliers import watch
@@ -123,9 +123,8 @@ def removal(run, args):
     {metric, sqnr}, "6x6": ...}}. An encoder's metric is its SQNR."""
     model, tap, n = copy.deepcopy(run.model), args.tap or run.model.norm_tap, args.eval_batches
     if text := getattr(run.data, "text", None):
-        groups = token_groups(token_names(text), text.is_bytes)
-        is_delimiter = torch.tensor([int(x in DELIMITERS) for x in groups], device=run.device)
-        model.token_embedding = Marked(model.token_embedding, is_delimiter)
+        ends = torch.tensor([*map(is_delimiter, token_names(text))], device=run.device).int()
+        model.token_embedding = Marked(model.token_embedding, ends)
     known = limits(model, run.calibration_inputs(0, args.batches), tap, args.sigma)
     states, rows = list(last_states(run, model, n)), []
     score = lambda model: scores(run, model, states, n)

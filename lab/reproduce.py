@@ -127,18 +127,18 @@ class Job:
     def text(self):
         return " && ".join(flags.command(*x) for x in (self.training, *self.looks.values()))
 
-    def run(self, quiet):
+    def run(self, bar):
         """Train, or go on, unless that is done; then look, unless that is."""
         path = self.folder / "checkpoint.pt"
         checkpoint = load_checkpoint(self.folder) if path.exists() else None
         if self.row["source"] and not checkpoint:
             raise flags.UserError(f"{path}: not there; {flags.command(*self.training)} makes it")
         if not checkpoint or checkpoint["step"] < checkpoint["args"]["steps"]:
-            start([*self.training, "--resume" if checkpoint else "--overwrite"], quiet)
+            start([*self.training, "--resume" if checkpoint else "--overwrite"], bar)
         for file, command in self.looks.items():
             file.parent.mkdir(parents=True, exist_ok=True)
             if not file.exists() or file.stat().st_mtime < path.stat().st_mtime:
-                start([*command, "--json", str(file)], quiet)
+                start([*command, "--json", str(file)], bar)
 
     def found(self):
         """What is known of the run: what looked at it has written, and what its log ends with."""
@@ -174,11 +174,13 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TOP_PAD_
                "MALLOC_TRIM_THRESHOLD_": str(2 ** 34)}
 
 
-def start(command, quiet):
-    """Run one of the scripts. Raises UserError with its last line if it fails."""
+def start(command, bar):
+    """Run one of the scripts. `bar` says where its progress bar stands (tqdm's environment), None
+    that it has none. Raises UserError if it fails."""
     script = command if command[0] == "-m" else [ROOT / command[0], *command[1:]]
-    done = subprocess.run([sys.executable, *script], env=os.environ | ENVIRONMENT, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE if quiet else None)
+    done = subprocess.run([sys.executable, *script], env=os.environ | ENVIRONMENT | (bar or {}),
+                          text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE if bar is None else None)
     if done.returncode != 0:
         last = ((done.stderr or "").strip().splitlines() or ["see above"])[-1]
         raise flags.UserError(f"{flags.command(*command)}: exit code {done.returncode}: {last}")
@@ -186,12 +188,19 @@ def start(command, quiet):
 
 def run_all(jobs, workers):
     """Run the jobs, `workers` at a time. Returns the rows of those that failed, unless all did."""
+    bars = [{"TQDM_POSITION": str(line), "TQDM_LEAVE": ""} for line in range(workers, 0, -1)]
+    if workers == 1 or not sys.stderr.isatty():  # several bars need a terminal
+        bars = [{} if workers == 1 else None] * workers
+
     def lost(job):
+        bar = bars.pop()
         try:
-            job.run(quiet=workers > 1)
+            job.run(bar and bar | {"TQDM_DESC": f"{job.row['label']}, seed {job.seed}"})
         except flags.UserError as error:
             tqdm.write(str(error), file=sys.stderr)
             return job.row
+        finally:
+            bars.append(bar)
 
     with ThreadPoolExecutor(workers) as pool:
         try:

@@ -8,19 +8,18 @@ Layers, heads, positions and dimensions count from 0 here; lab/analyze.py adds 1
 heads.
 """
 from contextlib import contextmanager
-from string import ascii_letters, digits, punctuation
+from string import punctuation
 
 import numpy as np
 import torch
 
 from lab.backcopy import TRIGGERS
-from minq.outliers import Averages, is_outlier, listening, norms_and_kurtosis
+from minq.outliers import Averages, listening, norms_and_kurtosis
 from minq.training import to_device
 
 OUTLIER_TAPS = ("ffn_output", "layer_output")
 HEAD_TAPS = ("probs", "scores", "values", "gate_output")  # as head_measures takes them
 SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
-DELIMITERS = ("[CLS]", "[SEP]", "newline", "space", "punctuation")  # the paper's: [SEP] "." ","
 
 
 # ---- tensors of one forward pass ----
@@ -40,6 +39,13 @@ def record(model, taps):
 
 
 # ---- measures: one value per sample ----
+
+def is_outlier(x):
+    """Which values lie more than 6 standard deviations from their sample's mean (footnote 1)."""
+    flat = x.float().flatten(1)
+    std, mean = torch.std_mean(flat, dim=1, correction=0, keepdim=True)
+    return ((flat - mean).abs() > 6 * std).view_as(x)
+
 
 def outlier_measures(x):
     """The paper's metrics of x (B, T, d), (B,) each; the number of outliers and the largest |x| of
@@ -209,18 +215,7 @@ def token_names(text):
     return names
 
 
-def token_groups(names, is_bytes):
-    """The group of each token: a special's own name, a byte's kind, "punctuation" or "token"."""
-    kinds, other = {name: name for name in SPECIALS}, "other byte" if is_bytes else "token"
-    if is_bytes:
-        kinds |= {"␣": "space", "↵": "newline"} | dict.fromkeys(digits, "digit")
-        kinds |= dict.fromkeys(ascii_letters, "letter")
-    return [kinds.get(name, other if name.strip(punctuation) else "punctuation") for name in names]
-
-
-def group_shares(groups, counts):
-    """{group: its share of `counts`, one per token id}, and that of DELIMITERS together; all zeros
-    if nothing was counted."""
-    of_token, total = np.array(groups), max(counts.sum(), 1)
-    shares = {group: counts[of_token == group].sum() / total for group in dict.fromkeys(groups)}
-    return shares | {"all delimiters": sum(shares.get(group, 0.0) for group in DELIMITERS)}
+def is_delimiter(name):
+    """Whether a token is [CLS] or [SEP], a space, a line's end, or punctuation (the paper's: [SEP],
+    "." and ",")."""
+    return name in ("[CLS]", "[SEP]", "␣", "↵") or not name.strip(punctuation)

@@ -2,6 +2,7 @@
 lab/analyze.py runs on runs of every family."""
 import json
 import re
+import string
 import sys
 
 import numpy as np
@@ -12,7 +13,6 @@ import lab
 import lab.cures  # noqa: F401, names of attentions
 from lab import survey
 from minq.data import load_text
-from minq.outliers import is_outlier
 from minq.runs import open_run
 from running import ROOT, SMALL, SMALL_VIT, logged, run
 from small import inputs, small
@@ -98,7 +98,7 @@ def test_survey_equals_a_loop_over_single_sequences(family):
         with survey.record(model, ("ffn_output", "probs")) as kept:
             model(sequence[None])
         x, share = kept["ffn_output"][layer][0], kept["probs"][layer][0].mean(dim=1)  # (T, d)
-        for t, dimension in is_outlier(x[None])[0].nonzero().tolist():
+        for t, dimension in survey.is_outlier(x[None])[0].nonzero().tolist():
             means["by_dimension"][layer, dimension] += 1 / 7
             means["by_position"][layer, t] += 1 / 7
             by_token[sequence[t]] += 1
@@ -146,21 +146,12 @@ def test_the_worst_dimension():
     assert survey.worst_dimension(quiet) == (0, 3)
 
 
-def test_groups_of_tokens_and_their_shares(corpus):
+def test_tokens_by_name(corpus):
     names = survey.token_names(load_text(corpus))
-    groups = survey.token_groups(names, is_bytes=True)
-    kinds = {" ": "space", "\n": "newline", ".": "punctuation", "[": "punctuation", "a": "letter",
-             "Z": "letter", "7": "digit"} | dict.fromkeys("\t\xe9\xff", "other byte")
-    assert {byte: groups[ord(byte)] for byte in kinds} == kinds and names[ord(" ")] == "␣"
-    assert names[256:] == groups[256:] == [*survey.SPECIALS]
-    assert survey.token_groups(["0", "...", "[CLS]"], False) == ["token", "punctuation", "[CLS]"]
-
-    counts = np.zeros(260)
-    counts[[ord(" "), ord("."), 258, ord("a"), 259]] = 4, 3, 2, 1, 10
-    shares = survey.group_shares(groups, counts)
-    assert shares.pop("all delimiters") == pytest.approx(9 / 20)
-    assert shares["space"] == 0.2 and sum(shares.values()) == pytest.approx(1)
-    assert set(survey.group_shares(groups, np.zeros(260)).values()) == {0}
+    assert [names[ord(x)] for x in " \na\xff"] == ["␣", "↵", "a", "ff"]
+    assert names[256:] == [*survey.SPECIALS]
+    ends = {name for name in (*names, "...", "the") if survey.is_delimiter(name)}
+    assert ends == {"[CLS]", "[SEP]", "␣", "↵", "...", *string.punctuation}
 
 
 # ---- the figures ----
@@ -206,20 +197,7 @@ def test_a_head_on_text():
     drawn(figures.head(panels, "of an image"))
 
 
-def test_points_and_cells_are_numbered():
-    names = ("attention", "even", "sink_value", "score_range", "parks")
-    arrays = np.array([[[0.1, 0.9]], [[0.2, 0.3]], [[1.0, 0.2]], [[3.0, 8]], [[0, 1]]])
-    measures = dict(zip(names, arrays)) | {"parks": arrays[4] > 0}
-    ax = figures.heads(measures, "run").axes[0]
-    assert words(ax.texts) == ["1.1", "1.2"]
-    assert ax.collections[1].get_offsets().tolist() == [[0.1, 1], [0.9, 0.2]]
-    ends = [segment.tolist() for segment in ax.collections[0].get_segments()]
-    assert ends == [[[0.2, 1], [0.1, 1]], [[0.3, 0.2], [0.9, 0.2]]]
-    many = {name: np.repeat(x, 20, axis=0) for name, x in measures.items()}
-    assert words(figures.heads(many, "only those that park").axes[0].texts) == [
-        f"{layer}.2" for layer in range(1, 21)]
-    nothing = dict.fromkeys(names, np.zeros((1, 1))) | {"parks": np.zeros((1, 1), bool)}
-    drawn(figures.heads(nothing, "attends to nothing"))
+def test_cells_are_numbered():
     figure = drawn(figures.damage({"run": "run", "bits": 8, "layers": {
         "a": [{"sqnr": 1.4}, {"sqnr": 40}], "b": [{"sqnr": np.inf}, {"sqnr": 20}]}}))
     assert words(figure.axes[0].texts) == ["1", "40", "inf", "20"]
@@ -242,7 +220,7 @@ def test_every_family(tmp_path, cifar, name, options):
     if name == "vit":
         run("train_vit", *SMALL_VIT, "--data", cifar, "--out", folder)
     out, numbers, pictures = analyzed(tmp_path, folder, "--eval-batches", 2, *options.split())
-    assert pictures == {"outliers-ffn_output", "outliers-layer_output", "heads", "head"}
+    assert pictures == {"outliers-ffn_output", "outliers-layer_output", "head"}
     opened = open_run(folder, CPU)
     found = survey.survey(opened.model, opened.validation(2), CPU, opened.model.norm_tap)
     assert (numbers["run"], numbers["samples"]) == (str(folder), found["samples"])

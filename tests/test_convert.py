@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from lab.convert import WEIGHTS, convert
-from minq.flags import UserError
 from minq.outliers import kurtosis, watch
 from minq.quant import quantize_model
 from minq.runs import open_run
@@ -27,7 +26,6 @@ huggingface_hub = pytest.importorskip("huggingface_hub")
 CPU = torch.device("cpu")
 SENTENCE = "the quick brown fox jumps over the lazy dog. "
 PIXELS = {"mean": [0.48, 0.42, 0.55], "std": [0.27, 0.31, 0.19]}
-IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
 TABLE, BIAS = "bert.embeddings.word_embeddings.weight", "cls.predictions.bias"
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
@@ -249,43 +247,6 @@ def test_vit_equals_transformers(tmp_path, pixels):
     assert_same_images(convert(folder), lambda x: theirs(x).logits, **pixels)
 
 
-TIMMS = {"encoder.layer": "blocks", "embeddings.patch_embeddings.projection": "patch_embed.proj",
-         "embeddings.position_embeddings": "pos_embed", "attention.output.dense": "attn.proj",
-         "intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2", "layernorm_before": "norm1",
-         "layernorm_after": "norm2", "layernorm": "norm", "classifier": "head",
-         "embeddings.cls_token": "cls_token", "attention.attention.query": "attn.qkv", "vit.": ""}
-
-
-def publish_timm(folder, theirs, tensors, **changed):
-    """A ViT under timm's names, and `tensors`."""
-    theirs.save_pretrained(folder)
-    state = safetensors.load_file(folder / "model.safetensors")
-    for name in [name for name in state if ".query." in name]:
-        parts = (state.pop(name.replace("query", part)) for part in ("query", "key", "value"))
-        state[name] = torch.cat(list(parts))
-    for old, new in TIMMS.items():
-        state = {name.replace(old, new): x for name, x in state.items()}
-    safetensors.save_file(state | tensors, folder / "model.safetensors")
-    write(folder, "config.json", {"architecture": "vit_tiny_patch8_32"} | changed)
-    return folder
-
-
-# what timm 1.0.31 always writes
-ARGS = {"in_chans": 3, "num_classes": 11, "global_pool": "token", "img_size": [32, 32]}
-
-
-@pytest.mark.parametrize("heads, changed, pixels", [
-    (4, {"pretrained_cfg": PIXELS, "model_args": {"num_heads": 4}}, PIXELS),
-    (2, {"pretrained_cfg": PIXELS, "model_args": ARGS}, PIXELS),
-    (2, {"architecture": "deit_tiny_patch8_32"} | PIXELS, PIXELS), (2, {}, IMAGENET)])
-def test_timms_files(tmp_path, heads, changed, pixels):
-    theirs = vit(hidden_size=128, num_attention_heads=heads, layer_norm_eps=1e-6)
-    for p in theirs.vit.embeddings.parameters():
-        p.data *= 0.01  # so that the norms' epsilon matters
-    ours = convert(publish_timm(tmp_path / "hub", theirs, {}, **changed))
-    assert_same_images(ours, lambda x: theirs(x).logits, **pixels)
-
-
 # ---- a run like any other ----
 
 @pytest.fixture(scope="module")
@@ -427,7 +388,7 @@ REFUSED = {"masked": [
     (config(num_hidden_layers=1), "encoder.layer.1."), (config(quantization_config={}), "is {}"),
     (config(max_position_embeddings=21), "20 positions, config.json 21"),
     (config(position_embedding_type="relative_key"), "position_embedding_type"),
-    (config(model_type="gpt2"), "model_type is 'gpt2'; expected one of bert, opt, vit, timm"),
+    (config(model_type="gpt2"), "model_type is 'gpt2'; expected one of bert, opt, vit"),
     (config(model_type=None, architectures=["RobertaModel"]), "model_type is 'roberta'"),
     (config(model_type=None, architectures=[""], type_vocab_size=1), "model_type is ''"),
     (lambda folder: write(folder, "config.json", "{"), "config.json: Expecting"),
@@ -464,18 +425,6 @@ def test_what_is_not_one_of_these_models(hub, tmp_path, corpus, cifar, kind, cha
     words = ("--images", cifar) if kind == "vit" else ("--text", corpus)
     line = refused(folder, tmp_path / "run", *words)
     assert reason in line and len(line) < 500
-
-
-@pytest.mark.parametrize("changed, tensors, reason", [
-    ({"model_args": {}}, {"norm.bias": torch.zeros(1280)}, "num_heads"),  # ViT-H's are 80 wide
-    ({"model_args": {"act_layer": "relu"}}, {}, "act_layer"), ({"global_pool": "avg"}, {}, "'avg'"),
-    ({"model_args": {"img_size": [16, 64]}}, {}, "square"), ({}, {"reg": torch.ones(1)}, '"reg"'),
-    ({"architecture": "vit_base_patch16_rope_224"}, {}, "plain"),
-    ({}, {"patch_embed.proj.weight": torch.zeros(48, 3, 4, 16)}, "size mismatch")])
-def test_timms_other_models(tmp_path, changed, tensors, reason):
-    folder = publish_timm(tmp_path, vit(), tensors, **{"model_args": {"num_heads": 4}} | changed)
-    with pytest.raises(UserError, match=reason):
-        convert(folder)
 
 
 @pytest.mark.parametrize("kind, words, reason", [
