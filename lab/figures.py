@@ -11,6 +11,7 @@ import math
 from contextlib import contextmanager
 
 import matplotlib.figure
+import matplotlib.style
 import numpy as np
 
 COLOURS = BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
@@ -24,10 +25,10 @@ STYLE = {"font.size": 11, "axes.titlesize": 11, "text.parse_math": False,
 
 
 @contextmanager
-def sheet(title, rows, columns, width, height, used=None, **options):
+def sheet(title, rows, columns, width, height, used=None, dark=False, **options):
     """A figure and its axes (rows, columns), to be drawn in this file's style while active; width
-    and height in inches, `used`: how many of the axes are."""
-    with matplotlib.rc_context(STYLE):
+    and height in inches, `used`: how many of the axes are, `dark`: bright lines on black."""
+    with matplotlib.style.context(["dark_background"] * dark), matplotlib.rc_context(STYLE):
         figure = matplotlib.figure.Figure(figsize=(width, height), dpi=150, layout="constrained")
         figure.suptitle(title, fontsize=12)
         axes = figure.subplots(rows, columns, squeeze=False, **options)

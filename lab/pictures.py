@@ -107,8 +107,8 @@ def removal(ax):
     ax.set(xlabel=f"{LOST} in floating point")
 
 
-PICTURES = ((bits, 1, 4.5), (removal, 1, 4), (rates, 1, 4.5), (gamma, 2, 4), (cures, 2, 5.5),
-            (remedies, 2, 5), (budget, 2, 4))
+PICTURES = ((bits, 1, 4.5), (bits, 1, 4.5, "dark"), (removal, 1, 4), (rates, 1, 4.5), (gamma, 2, 4),
+            (cures, 2, 5.5), (remedies, 2, 5), (budget, 2, 4))
 
 
 @flags.one_line_errors
@@ -116,9 +116,9 @@ def main(argv=None):
     parser = flags.Parser(__doc__)
     parser.add_argument("--out", type=flags.place, required=True, help="folder of the pictures")
     args = parser.parse_args(argv)
-    for draw, columns, height in PICTURES:
+    for draw, columns, height, *dark in PICTURES:
         down = draw in (cures, remedies)  # a row for each name
-        sheet = figures.sheet(None, 1, columns, 9, height, sharey=down)
+        sheet = figures.sheet(None, 1, columns, 9, height, dark=bool(dark), sharey=down)
         with flags.writing(args.out), sheet as (figure, axes):
             draw(*axes[0])
             for axis in (axis for ax in axes[0] for axis in (ax.xaxis, ax.yaxis)):
@@ -127,7 +127,7 @@ def main(argv=None):
             axes[0, 0].yaxis.set_inverted(down)
             legend = dict(zip(*axes[0, 0].get_legend_handles_labels()[::-1]))
             figure.legend(legend.values(), legend, loc="outside upper center", ncols=4)
-            figure.savefig(Path(args.out, f"{draw.__name__}.png"))
+            figure.savefig(Path(args.out, "-".join((draw.__name__, *dark)) + ".png"))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from minq.training import to_device
 
 OUTLIER_TAPS = ("ffn_output", "layer_output")
 HEAD_TAPS = ("probs", "scores", "values", "gate_output")  # as head_measures takes them
-SPECIALS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 
 
 # ---- tensors of one forward pass ----
@@ -210,7 +209,7 @@ def token_names(text):
     byte = lambda i: marks.get(chr(i), chr(i) if 32 < i < 127 else f"{i:02x}")
     known = text.words or [byte(i) for i in range(256 if text.is_bytes else 0)]
     names = known + [str(i) for i in range(len(known), text.vocab_size)]
-    for name in SPECIALS:
+    for name in ("[PAD]", "[CLS]", "[SEP]", "[MASK]"):
         names[getattr(text, name.strip("[]").lower())] = name
     return names
 

@@ -149,7 +149,7 @@ def test_the_worst_dimension():
 def test_tokens_by_name(corpus):
     names = survey.token_names(load_text(corpus))
     assert [names[ord(x)] for x in " \na\xff"] == ["␣", "↵", "a", "ff"]
-    assert names[256:] == [*survey.SPECIALS]
+    assert names[256:] == ["[PAD]", "[CLS]", "[SEP]", "[MASK]"]
     ends = {name for name in (*names, "...", "the") if survey.is_delimiter(name)}
     assert ends == {"[CLS]", "[SEP]", "␣", "↵", "...", *string.punctuation}
 
