@@ -1,7 +1,7 @@
 """Rerun the experiments of the paper, of the blog and of this lab, and print their tables.
 
     python -m lab.reproduce quick                   trains what is missing, resumes, prints a table
-    python -m lab.reproduce table2 --jobs 1         one run at a time, with its progress bar
+    python -m lab.reproduce table2 --jobs 2         two runs at a time, each with a thread and a bar
     python -m lab.reproduce table2 --preset paper   prints the commands at full size, for GPUs
 
 The experiments stand in lab/experiments.toml. Runs go to --runs, results into its folder results/,

@@ -32,6 +32,15 @@ def jobs(*names, preset="laptop"):
 
 # ---- experiments are data ----
 
+def test_several_runs_have_a_bar_each_if_there_is_a_terminal(monkeypatch):
+    for terminal, lines in (True, {"1", "2"}), (False, {None}):
+        seen = []
+        monkeypatch.setattr(reproduce.sys.stderr, "isatty", lambda: terminal)
+        job = argparse.Namespace(row={"label": ""}, seed=3, run=lambda bar: seen.append(bar or {}))
+        assert reproduce.run_all([job] * 9, 2) == [] and len(seen) == 9
+        assert {bar.get("TQDM_POSITION") for bar in seen} <= lines
+
+
 class Parsed(Exception):
     """A script has understood its command line, and shall not run."""
 
