@@ -57,16 +57,17 @@ def int_mm(a, b):
 # Does this CPU add two products in 16 bits, as those without VNNI do? Sums stop at 32767.
 PROBE = torch.full((16, 64), 127, dtype=torch.int8)
 SATURATES = bool((torch._int_mm(PROBE, PROBE.mT) != 64 * 127 ** 2).any())
-# oneDNN's kernel does at once what IntegerLinear does with int_mm, and is that much faster. It
-# cannot be compiled; where int_mm is compiled, its surroundings are, too, which makes up for it.
-ONEDNN = not SATURATES and hasattr(torch.ops.onednn, "qlinear_pointwise")
+# A kernel of oneDNN does at once what IntegerLinear does around int_mm. It cannot be compiled; in a
+# compiled model int_mm is as fast, since what surrounds it is compiled, too. (Tried on x86 only.)
+ONEDNN = not SATURATES and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
 # ---- a Linear on integers ----
 
 class IntegerLinear(nn.Module):
     """A Linear whose weight is int8, and whose input is put on the grid of its tap, unless it comes
-    as integers on it: y in float32, or, where `next` is a tap, activation(y) on its grid, uint8."""
+    as integers on it. It gives y in float32; or, if it knows the `next` tap, activation(y) as
+    integers, uint8, on that one's grid. (`post_op` is oneDNN's name of the activation.)"""
 
     def __init__(self, linear, tap):
         super().__init__()
@@ -80,8 +81,8 @@ class IntegerLinear(nn.Module):
         shift = (tap.zero_point.int() - SHIFT) * self.integers.sum(dim=1, dtype=torch.int32)
         self.register_buffer("shift", shift)  # z sum_k q_w, (N,)
         self.register_buffer("bias", shift * 0.0 if linear.bias is None else linear.bias)
-        if ONEDNN and shift.is_cpu:
-            self.packed = torch.ops.onednn.qlinear_prepack(self.integers, None)
+        if ONEDNN:
+            self.packed = torch.ops.onednn.qlinear_prepack(self.integers.cpu(), None)
 
     def forward(self, x):
         q = (x if x.dtype == torch.uint8 else on_grid(x, self.grid)).flatten(0, -2)
@@ -97,6 +98,7 @@ class IntegerLinear(nn.Module):
         return y.view(*x.shape[:-1], -1)
 
     def at_once(self, q):
+        """The same by one kernel: products, scale, bias, activation, and the next grid."""
         to = (1.0, 0, torch.float32) if self.next is None else (
             self.next.scale.item(), int(self.next.zero_point), torch.uint8)
         y = torch.ops.onednn.qlinear_pointwise(  # weights' zero points are 0
