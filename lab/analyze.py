@@ -8,7 +8,7 @@
 An outlier is more than 6 standard deviations from its sample's mean. Layers and heads count from 1,
 positions and dimensions from 0. Delimiters: [CLS], [SEP], spaces, line ends and punctuation.
 
-sink: the commonest most-attended token; attention: its mean probability over all queries
+sink: the commonest most-attended token; attention: mean probability of each sample's own
 even: what even attention would give it; parks: attention above 0.3 and above twice even
 update: norm of what a head hands on, before its gate / mean norm of its values
 even update: the same if it averaged independent values evenly; pi: mean of the gate, if any

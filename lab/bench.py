@@ -8,7 +8,7 @@ bert opt vit    a training step against --fused and Hugging Face's two attention
 attention       a training step with each of the paper's attentions (Table 8)
 laptop          a training step of the laptop presets against Hugging Face's, eager and compiled
 fakequant       a training step in eight bits (the blog), against floating point
-integer         int8 inference and torchao's, eager and compiled, against fp32
+integer         int8, torchao's int8 and bf16 inference, eager and compiled, against fp32
 roofline        a training step against as many operations in one large matrix product
 
 Each ratio is the median over rounds in which the alternatives take turns; machines drift, ratios
@@ -196,7 +196,7 @@ def roofline(device, settings):
 
 GROUPS = {family: partial(training_steps, [recipe], PEERS) for family, recipe in TASKS.items()} | {
     "attention": partial(training_steps, TASKS.values(), METHODS),
-    "laptop": partial(training_steps, [LAPTOP["bert"] | dict(seq_len=32, title="T 32"),
+    "laptop": partial(training_steps, [LAPTOP["bert"] | dict(seq_len=32, title="laptop bert, T 32"),
                                        *LAPTOP.values()], ON_A_LAPTOP),
     "fakequant": partial(training_steps, [TASKS["bert"]], EIGHT_BITS),
     "integer": integer, "roofline": roofline}
@@ -212,7 +212,7 @@ def main(argv=None):
     add("--quick", action="store_true", help="one round, two layers of each model")
     add("--rounds", type=flags.positive, help="turns that each alternative takes; by default 5")
     add("--dropout", type=flags.below_1, default=0.0, help="of training steps")
-    add("--compile", action="store_true", help="training steps")
+    add("--compile", action="store_true", help="training steps (laptop: both ways)")
     add("--device", help="cpu, cuda, cuda:N or mps; by default the best there is")
     add("--precision", choices=("fp32", "bf16", "fp16"), help="of training steps")
     args = parser.parse_args(argv)

@@ -54,7 +54,8 @@ def int_mm(a, b):
     return torch._int_mm(a, b.t())
 
 
-# Does this CPU add two products in 16 bits, as those without VNNI do? Sums stop at 32767.
+# Does this CPU add two products in 16 bits, as those without VNNI do? Sums stop at 32767: inside,
+# 127 becomes 127 + 128, and 2 * 255 * 127 is more.
 PROBE = torch.full((16, 64), 127, dtype=torch.int8)
 SATURATES = bool((torch._int_mm(PROBE, PROBE.mT) != 64 * 127 ** 2).any())
 # A kernel of oneDNN does at once what IntegerLinear does around int_mm. It cannot be compiled; in a
@@ -79,7 +80,7 @@ class IntegerLinear(nn.Module):
         self.register_buffer("integers", integers.to(torch.int8))  # (N, K)
         self.register_buffer("scale", tap.scale * row_scale[:, 0])  # s_x s_w, (N,)
         shift = (tap.zero_point.int() - SHIFT) * self.integers.sum(dim=1, dtype=torch.int32)
-        self.register_buffer("shift", shift)  # z sum_k q_w, (N,)
+        self.register_buffer("shift", shift)  # (z - SHIFT) sum_k q_w, (N,)
         self.register_buffer("bias", shift * 0.0 if linear.bias is None else linear.bias)
         if ONEDNN:
             self.packed = torch.ops.onednn.qlinear_prepack(self.integers.cpu(), None)

@@ -69,7 +69,7 @@ def main(argv=None):
 
 
 def reproduce(experiment, jobs, path, args):
-    """Run what is missing; write and print the results. Returns the rows that failed."""
+    """Run what is missing; write and print the results. Returns the names of those that failed."""
     lost = run_all(jobs, args.jobs)
     failed = [row for row in experiment["rows"] if row in lost]
     rows = collect([job for job in jobs if job.row not in failed])

@@ -22,7 +22,7 @@ CIFAR10 = ("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz",
 # ---- sources ----
 
 class Part(NamedTuple):
-    """Images (N, H, W, 3) uint8, in memory or on disk, and labels (N,) int64."""
+    """Images (N, H, W, 3) uint8, in memory or on disk, and labels (N,), int64 once loaded."""
     images: np.ndarray
     labels: np.ndarray
 
