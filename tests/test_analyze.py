@@ -231,6 +231,9 @@ def test_every_family(tmp_path, cifar, name, options):
     values = [f"{value:.3g}" for value in found["heads"]["sink_value"].ravel()[order]]
     assert [row.split(" | ")[6] for row in rows] == values
     assert not options or "head 4 at work" in out
+    if name != "vit":
+        counts, first = numbers["tokens_of_outliers"], out.split("the ten that carry most")[1].splitlines()[4]
+        assert first.split(" | ")[1] == f"{max(counts) / sum(counts):.3g}"
 
 
 @pytest.mark.slow

@@ -81,7 +81,7 @@ def test_every_group_times_ours_and_the_peers_that_are_installed(missing, tiny, 
         monkeypatch.setitem(sys.modules, package, None)
     out, _ = run("lab.bench", "--quick", "--precision", "fp32", "--device", "cpu")
     tables = [block.splitlines() for block in out.split("\n\n")[1:]]
-    assert out.startswith("cpu fp32") and len(tables) == 3 + 3 + 3 + 1 + 4 + 3
+    assert out.startswith("cpu fp32") and len(tables) == 3 + 3 + 4 + 1 + 4 + 3
     assert all(title in out for title in ("BERT-base", "ViT-S/16", "laptop opt", "a pass, eager"))
     for _, *lines in tables:
         assert len(lines) > 1 and lines[0].endswith("1.00x  (1.00-1.00)")
@@ -95,6 +95,9 @@ def test_a_step_is_of_the_recipes_batch_and_moves_the_weights(tiny, monkeypatch)
     monkeypatch.setattr(bench, "batch", lambda model, size, batch=bench.batch: (
         sizes.append(size) or batch(model, size)))
     prepare = lambda model: made.append((model, [p.clone() for p in model.parameters()])) or model
+    monkeypatch.setattr(bench, "compiled", lambda model: made.append(model) or model)
+    bench.training_step(bench.TASKS["vit"] | {"compile": True}, CPU)
+    assert made.pop().family == "vit" and sizes.pop() == 3
     for family in bench.TASKS:
         bench.training_step(bench.TASKS[family] | {"prepare": prepare}, CPU)()
         model, before = made.pop()

@@ -167,6 +167,7 @@ class Scaled(nn.Linear):
     ({"only": "*.weight"}, id, "a static grid for the tensor"),
     ({"only": "*_tap"}, id, "and one for the weights"),
     ({"active": lambda model: torch.no_grad()}, id, "not calibrated, its scale is nan"),
+    ({}, lambda x: setattr(x, "in_features", 65_537), "65,536 products of int8, not 65537"),
     ({}, lambda x: setattr(x, "__class__", Scaled), "ffn_up behind norm2_tap: Scaled computes"),
     ({}, lambda x: setattr(x, "weight_grid", (*x.weight_grid[:3], False)), "of either sign"),
     ({}, lambda x: setattr(x, "weight_grid", (x.weight_grid[0].expand(128, 1), *x.weight_grid[1:])),

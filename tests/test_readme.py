@@ -23,6 +23,7 @@ def links(page):
     """(text, file, anchor) of every link and image of a page that stays within the project."""
     prose = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     found = re.findall(r"\[([^\[\]]*)\]\(([^()\s#]*)(?:#([^()\s]*))?\)", prose)
+    found += re.findall(r'()\bsrc(?:set)?="([^"]*)"()', prose)
     return [(text, page.parent / target if target else page, anchor)
             for text, target, anchor in found if "://" not in target]
 
