@@ -232,7 +232,8 @@ def test_every_family(tmp_path, cifar, name, options):
     assert [row.split(" | ")[6] for row in rows] == values
     assert not options or "head 4 at work" in out
     if name != "vit":
-        counts, first = numbers["tokens_of_outliers"], out.split("the ten that carry most")[1].splitlines()[4]
+        counts = numbers["tokens_of_outliers"]
+        first = out.split("the ten that carry most")[1].splitlines()[4]
         assert first.split(" | ")[1] == f"{max(counts) / sum(counts):.3g}"
 
 
