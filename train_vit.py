@@ -47,7 +47,7 @@ def main(argv=None):
     flags.add_config_flags(parser, ViTConfig)
     add = parser.add_argument_group("images").add_argument
     add("--data", type=flags.source(IMAGES), help=f"{', '.join(IMAGES)}, or a folder: CIFAR-10's "
-        "files, or (val_)images.npy and (val_)labels.npy")
+        "files, or images.npy, labels.npy, val_images.npy and val_labels.npy")
     add("--image-size", type=flags.positive, help="pixels per side; by default the data's own")
     add("--epochs", type=flags.positive, help="passes over the images, instead of --steps")
     for name, (kind, most, help) in PIECES.items():

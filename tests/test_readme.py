@@ -144,6 +144,7 @@ def test_pictures_are_of_the_recorded_results_and_shown(tmp_path):
     pictures.main(["--out", str(tmp_path)])
     shown = {path for page in PAGES for _, path, _ in links(page)}
     assert {ROOT / "docs" / path.name for path in tmp_path.iterdir()} <= shown
+    assert (tmp_path / "bits-dark.png").read_bytes() != (tmp_path / "bits.png").read_bytes()
     plain = pictures.recorded("bits")[0]  # what docs/results.md says of it
     assert pictures.needed(plain) == [6.38, 7.38]
     lost = pictures.lost(plain, plain["quantized"]["8x8"])

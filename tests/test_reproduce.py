@@ -33,12 +33,14 @@ def jobs(*names, preset="laptop"):
 # ---- experiments are data ----
 
 def test_several_runs_have_a_bar_each_if_there_is_a_terminal(monkeypatch):
-    for terminal, lines in (True, {"1", "2"}), (False, {None}):
+    monkeypatch.setattr(reproduce.subprocess, "run", lambda *command, env, stderr, **others: (
+        seen.append((env.get("TQDM_POSITION"), stderr)) or argparse.Namespace(returncode=0)))
+    start = lambda bar: reproduce.start(["-m", "x"], bar)
+    for terminal, lines in (True, {("1", None), ("2", None)}), (False, {(None, -1)}):  # -1: a pipe
         seen = []
         monkeypatch.setattr(reproduce.sys.stderr, "isatty", lambda: terminal)
-        job = argparse.Namespace(row={"label": ""}, seed=3, run=lambda bar: seen.append(bar or {}))
-        assert reproduce.run_all([job] * 9, 2) == [] and len(seen) == 9
-        assert {bar.get("TQDM_POSITION") for bar in seen} <= lines
+        job = argparse.Namespace(row={"label": ""}, seed=3, run=start)
+        assert reproduce.run_all([job] * 9, 2) == [] and len(seen) == 9 and {*seen} <= lines
 
 
 class Parsed(Exception):
